@@ -1,8 +1,9 @@
 """Draw the sprite sheet `sprites.png` from Noto Color Emoji (needed only to make the sheet anew).
 
-Run: python examples/emoji_world/make_sprites.py [path/to/NotoColorEmoji.ttf]
+Run: python -m reattend.emoji_world.make_sprites [path/to/NotoColorEmoji.ttf]
 
-The font (Debian package fonts-noto-color-emoji) is under the SIL Open Font License 1.1; the sheet carries the notice.
+The font (Debian package fonts-noto-color-emoji) is under the SIL Open Font License 1.1; the sheet carries
+the notice, and OFL.txt lies beside it.
 """
 
 import sys

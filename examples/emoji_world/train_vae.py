@@ -1,9 +1,10 @@
 """Train the VAE that tiny-sd and tiny-flux share.
 
-Run: python examples/emoji_world/train_vae.py --out runs/vae --steps 2200     (goes on from runs/vae if it holds a state)
+Run: python -m reattend.emoji_world.train_vae --out runs/vae --steps 2200
 
-Loss: L1 + MSE on crops picked for content, a small L2 on the latents in place of a KL term, and noise on the latents, so
-that nearby latents decode to nearly the same picture. Scenes are drawn at 128 and at 256 px.
+It goes on from the folder if that holds a state. Loss: L1 + MSE on crops picked for content, a small L2 on the latents
+in place of a KL term, and noise on the latents, so that nearby latents decode to nearly the same picture. Scenes are
+drawn at 128 and at 256 px.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-import world
 from diffusers import AutoencoderKL
 from torch import Tensor
+
+from . import world
 
 LATENT_CHANNELS = 12
 
@@ -73,7 +74,10 @@ def crops(rng: np.random.Generator, config: VaeConfig) -> Tensor:
     while len(parts) < config.batch:
         scene = world.sample_scene(rng)
         if rng.random() < 0.5:
-            jitter = [world.moved(s, *rng.normal(0, 0.03, 2), rng.uniform(0.7, 1.3), rng.uniform(-20, 20)) for s in scene.sprites]
+            jitter = [
+                world.moved(s, *rng.normal(0, 0.03, 2), rng.uniform(0.7, 1.3), rng.uniform(-20, 20))
+                for s in scene.sprites
+            ]
             scene = world.Scene(scene.background, tuple(jitter), scene.light)
         picture = pixels(scene, int(rng.choice((128, 128, 128, 256))))
         parts += [content_crop(rng, picture, config.crop) for _ in range(2)]
@@ -124,7 +128,9 @@ def train(config: VaeConfig) -> AutoencoderKL:
             with open(config.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{state_file}.tmp")
+            torch.save(
+                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{state_file}.tmp"
+            )
             Path(f"{state_file}.tmp").replace(state_file)
     return vae
 
