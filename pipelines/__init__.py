@@ -1,0 +1,48 @@
+"""Jobs on stock diffusers pipelines: load a model, make a picture, keep the recipe."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "reattend.pipelines":
+    raise ImportError("import reattend.pipelines instead of this bare folder; first: pip install -e .")
+
+if TYPE_CHECKING:
+    from ..attn_processors import pluggable
+    from .events import Cancelled, CancelToken, StepEvent
+    from .image import Picture, generate, preview
+    from .load import ModelUnavailable, bundled, load
+    from .recipe import Recipe
+
+_HOME = {
+    "CancelToken": ".events",
+    "Cancelled": ".events",
+    "ModelUnavailable": ".load",
+    "Picture": ".image",
+    "Recipe": ".recipe",
+    "StepEvent": ".events",
+    "bundled": ".load",
+    "generate": ".image",
+    "load": ".load",
+    "pluggable": "..attn_processors",
+    "preview": ".image",
+}
+
+__all__ = [
+    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent",
+    "bundled", "generate", "load", "pluggable", "preview",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that importing this package does not import diffusers."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

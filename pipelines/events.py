@@ -1,0 +1,64 @@
+"""What a running job tells, and how it is stopped.
+
+Every job calls one function with a `StepEvent` after each denoising step and asks one `CancelToken` between steps.
+Progress bars, previews and Stop buttons all hang on these two; jobs know nothing about any user interface.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CancelToken", "Cancelled", "StepEvent"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepEvent:
+    """One denoising step has ended.
+
+    Attributes:
+        step: steps done so far, 1 to `steps`.
+        steps: steps in all, as the scheduler counts them.
+        latents: the latents after this step, on the denoiser's device; read them only if a preview is wanted, change nothing.
+        clip: index of the clip, 0 for a picture.
+        clips: clips in all, 1 for a picture.
+        seconds: time since the job began, in seconds.
+        eta: estimated time until the last step ends, in seconds.
+    """
+
+    step: int
+    steps: int
+    latents: Tensor | None
+    clip: int = 0
+    clips: int = 1
+    seconds: float = 0.0
+    eta: float | None = None
+
+
+class Cancelled(Exception):
+    """The job was stopped on request; nothing was written and the pipeline can be used again."""
+
+
+class CancelToken:
+    """Set from any thread, also before the job starts; checked between steps and between clips."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def request(self) -> None:
+        """Ask the job to stop at its next step."""
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop has been asked for."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `Cancelled` if a stop has been asked for."""
+        if self._event.is_set():
+            raise Cancelled("stopped on request")

@@ -1,0 +1,48 @@
+"""Files appear whole or not at all: write aside in the same folder, then rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["free_path", "written_whole"]
+
+
+@contextlib.contextmanager
+def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Give one temporary path for each of `paths`; at the end rename them all, after an error (or Ctrl-C) delete them.
+
+    The folders are made if need be. Existing files are replaced only at the end.
+
+    Raises:
+        ValueError: if a folder cannot be made or a path is a folder.
+    """
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}: {path.parent}; choose another output path") from error
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
+    mark = secrets.token_hex(4)
+    asides = tuple(path.with_name(f".{path.name}.{mark}.part") for path in paths)
+    try:
+        yield asides
+        for aside, path in zip(asides, paths, strict=True):
+            os.replace(aside, path)
+    except PermissionError as error:
+        raise ValueError(f"cannot write {error.filename}: {error.strerror}; choose another output path") from error
+    finally:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+
+
+def free_path(folder: Path, text: str, suffix: str) -> Path:
+    """A path in `folder` that does not exist yet, named after `text`: letters and digits, at most 48 of them."""
+    stem = re.sub(r"[^a-z0-9]+", "-", text.lower())[:48].strip("-") or "picture"
+    names = (f"{stem}{f'-{i}' if i > 1 else ''}{suffix}" for i in range(1, 10**9))
+    return next(path for name in names if not (path := folder / name).exists())

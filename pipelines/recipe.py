@@ -1,0 +1,247 @@
+"""One JSON-able value that reproduces a picture.
+
+The same `Recipe` drives Python, the command line and the page, and travels inside the PNG it made (text chunk `reattend`)
+and in a JSON file beside it. On a CPU the same recipe gives the same pixels. The chunk `parameters` repeats the main
+values in the line that most picture tools show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import written_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["DTYPES", "Recipe"]
+
+FORMAT = "reattend recipe"
+VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+SIDE = (8, 8192)  # smallest and largest width or height, in pixels
+STEPS = (1, 1000)  # schedulers are trained on 1000 timesteps
+GUIDANCE = (0.0, 100.0)
+SEED = (0, 2**63 - 1)
+PROMPT_LENGTH = 10_000  # characters
+FILE_SIZE = 1_000_000  # bytes; a recipe has a few hundred
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a picture is made from. None means: the model's own default; a finished picture carries the value that was used.
+
+    Attributes:
+        prompt: what the picture shows.
+        negative: what it should not show.
+        model: a bundled name ("tiny-sd"), a local diffusers folder, or a hub id.
+        width: in pixels, a multiple of 8.
+        height: in pixels, a multiple of 8.
+        steps: denoising steps; more = slower and finer.
+        guidance: how strongly the prompt is followed (classifier-free guidance).
+        seed: the only source of chance; None draws one.
+        attention: what replaces the stock attention: settings with their "name", e.g. ({"name": "agent", "ratio": 0.4},).
+        dtype: numbers the model computes in: "float32", "float16" or "bfloat16".
+        made_with: versions, device, pipeline and scheduler that made the picture. Information only: it changes nothing.
+
+    Raises:
+        ValueError: for a value out of range, an unknown name of an attention or one of its settings.
+        TypeError: for a value of the wrong type.
+    """
+
+    prompt: str
+    negative: str = ""
+    model: str = "tiny-sd"
+    width: int | None = None
+    height: int | None = None
+    steps: int = 20
+    guidance: float | None = None
+    seed: int | None = None
+    attention: tuple[dict[str, Any], ...] = ()
+    dtype: str | None = None
+    made_with: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            _check_text(name, getattr(self, name), PROMPT_LENGTH)
+        _check_text("model", self.model, 1_000)
+        if not self.prompt.strip():
+            raise ValueError(f"prompt is empty: got {self.prompt!r}; say what the picture shows")
+        for name in ("width", "height"):
+            _check_side(name, getattr(self, name))
+        _check_number("steps", self.steps, int, *STEPS)
+        if self.guidance is not None:
+            _check_number("guidance", self.guidance, float, *GUIDANCE)
+            object.__setattr__(self, "guidance", float(self.guidance))
+        if self.seed is not None:
+            _check_number("seed", self.seed, int, *SEED)
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype is unknown: got {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if not isinstance(self.made_with, Mapping) or not all(isinstance(v, str) for kv in self.made_with.items() for v in kv):
+            raise TypeError(f"made_with must map names to texts, got {self.made_with!r}; leave it out, it is only information")
+        object.__setattr__(self, "made_with", dict(self.made_with))
+        object.__setattr__(self, "attention", _complete_attention(self.attention))
+
+    def to_json(self) -> str:
+        """The recipe as indented JSON (ASCII), with the version of its format."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote. Raises ValueError or TypeError, in one sentence, for anything else."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a recipe: this is not JSON ({error}); use a file that reattend wrote") from None
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"not a recipe: this JSON has no \"format\": \"{FORMAT}\"; use a file that reattend wrote")
+        version = values.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"recipe of format version {version!r}, this reattend reads version {VERSION}; use another reattend")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"recipe has unknown entries: got {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if "prompt" not in values:
+            raise ValueError("recipe has no prompt; add one")
+        if not isinstance(values.get("attention", []), list):
+            raise TypeError(f"recipe entry attention must be a list, got {values['attention']!r}")
+        return cls(**{**values, "attention": tuple(values.get("attention", ()))})
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """The recipe in a PNG that `save` wrote, or in a JSON file. Pixels are not decoded.
+
+        Raises:
+            ValueError: if the file cannot be read, is too big or holds no recipe.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            text = _png_text(path) if is_png else _file_text(path)
+        except OSError as error:
+            raise ValueError(f"cannot read the recipe {path}: {error.strerror or error}; check the path") from error
+        try:
+            return cls.from_json(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, image: Image.Image, path: str | Path) -> tuple[Path, Path]:
+        """Write the picture as PNG with this recipe inside, and the recipe beside it (`car.png`, `car.png.json`).
+
+        Both files appear whole or not at all. Returns the two paths.
+        """
+        from PIL.PngImagePlugin import PngInfo
+
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"a picture is written as PNG: got {str(path)!r}; give a name that ends in .png")
+        chunks = PngInfo()
+        chunks.add_text("parameters", self.parameters)
+        chunks.add_text("reattend", self.to_json())
+        sidecar = path.with_name(path.name + ".json")
+        with written_whole(path, sidecar) as (aside, aside_json):
+            image.save(aside, format="PNG", pnginfo=chunks)
+            aside_json.write_text(self.to_json() + "\n", encoding="utf-8")
+        return path, sidecar
+
+    @property
+    def parameters(self) -> str:
+        """The main values as most picture tools write and read them."""
+        settings = {
+            "Steps": self.steps,
+            "Sampler": self.made_with.get("scheduler"),
+            "CFG scale": self.guidance,
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
+            "Model": self.model,
+            "Attention": " + ".join(_words(entry) for entry in self.attention) or None,
+            "Version": f"reattend {self.made_with['reattend']}" if "reattend" in self.made_with else None,
+        }
+        line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value is not None)
+        return "\n".join([self.prompt, *([f"Negative prompt: {self.negative}"] if self.negative else []), line])
+
+
+def _check_text(name: str, value: object, longest: int) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {value!r}")
+    if len(value) > longest:
+        raise ValueError(f"{name} is too long: got {len(value)} characters, at most {longest} are allowed; shorten it")
+
+
+def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise TypeError(f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} is out of range: got {value}, need {low} to {high}")
+
+
+def _check_side(name: str, value: object) -> None:
+    if value is None:
+        return
+    low, high = SIDE
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of pixels, got {value!r}")
+    if not low <= value <= high or value % 8:
+        near = min(max(round(value / 8) * 8, low), high)
+        raise ValueError(f"{name} does not work: got {value} pixels, need a multiple of 8 from {low} to {high}; try {near}")
+
+
+def _complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
+    """Each entry with all its settings, checked by the attention it names."""
+    if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise TypeError(f'attention must be a list like [{{"name": "agent", "ratio": 0.4}}], got {entries!r}')
+    if not entries:
+        return ()
+    from ..attn_processors import ATTN_PROCESSORS
+
+    complete = []
+    for entry in entries:
+        settings = dict(entry)
+        name = settings.pop("name", None)
+        if not isinstance(name, str) or name not in ATTN_PROCESSORS:
+            raise ValueError(f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them")
+        complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
+    return tuple(complete)
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    """The pairs of one attention as on the command line."""
+    return " ".join([entry["name"], *(f"{key}={value}" for key, value in entry.items() if key != "name")])
+
+
+def _quoted(value: str) -> str:
+    """Quoted where a comma, colon or line break would end the value early."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+
+
+def _file_text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(FILE_SIZE + 1)
+    if len(content) > FILE_SIZE:
+        raise ValueError(f"{path} is too big for a recipe: over {FILE_SIZE} bytes; give a PNG or JSON file that reattend wrote")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} holds no recipe: it is neither PNG nor text; give a file that reattend wrote") from None
+
+
+def _png_text(path: Path) -> str:
+    """The text chunk `reattend`. Only the chunks before the pixels are read; Pillow bounds what they may unpack to."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get("reattend")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is a broken PNG ({error}); give a file that reattend wrote") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{path} holds no recipe: this PNG was not made by reattend, or its text was removed on the way")
+    return text
