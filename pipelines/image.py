@@ -6,14 +6,23 @@ listen after each step and keep what is needed to make the same picture once mor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import importlib.metadata
+import inspect
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 from PIL import Image
 
+from ..attn_processors import ATTN_PROCESSORS, installed
 from .events import CancelToken, StepEvent
+from .load import load
 from .recipe import Recipe
 
 __all__ = ["Picture", "generate", "preview"]
@@ -34,10 +43,180 @@ def generate(
     on_step: Callable[[StepEvent], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> Picture:
-    """Make the picture that `recipe` describes. (Signature fixed; the body follows.)"""
-    raise NotImplementedError
+    """Make the picture that `recipe` describes. The same recipe gives the same pixels on a CPU.
+
+    Args:
+        recipe: what to make. What it leaves open is filled in and comes back in `Picture.recipe`.
+        pipe: a text-to-image pipeline that is already loaded, used in place of `recipe.model`; it is left as it was found.
+        on_step: called in this thread after every denoising step.
+        cancel: asked before the work, and after every step.
+
+    Raises:
+        Cancelled: if `cancel` was requested; `pipe` can be used again.
+        ValueError: for a prompt that is too long, a pipeline that makes no pictures from text, attention that fits no
+            layer, a model that cannot be loaded.
+        RuntimeError: if the model computed no picture (not-a-number values), or its safety checker hid it.
+    """
+    cancel = cancel or CancelToken()
+    began = time.monotonic()
+    cancel.check()
+    if pipe is None:
+        pipe = load(recipe.model, dtype=recipe.dtype)
+    accepts = inspect.signature(pipe.__call__).parameters
+    _check_makes_pictures(pipe, accepts)
+    recipe = _filled_in(recipe, pipe, accepts)
+    for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
+        _check_length(name, text, pipe, accepts)
+    cancel.check()
+
+    clock = _Clock(began)
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(clock.event(index + 1, getattr(pipe, "num_timesteps", recipe.steps), tensors["latents"]))
+        cancel.check()
+        return tensors
+
+    with _attention(pipe, recipe), _without_progress_bar(pipe):
+        output = pipe(
+            **_arguments(recipe, accepts),
+            generator=torch.Generator("cpu").manual_seed(recipe.seed),
+            output_type="np",  # the values that a PIL image would be rounded from, so that NaN can be seen
+            callback_on_step_end=after_step,
+        )
+    image = _picture(output)
+    return Picture(image=image, recipe=replace(recipe, width=image.width, height=image.height))
 
 
 def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
-    """A small picture of unfinished `latents` (B, C, H, W), at most `side` pixels wide and high. (Body follows.)"""
-    raise NotImplementedError
+    """A small picture of unfinished latents: averaged down, then decoded by the model's own VAE.
+
+    It costs one decode of at most `side` x `side` pixels; call it every few steps if that is much beside a step.
+
+    Args:
+        latents: shape (B, C, H, W); only the first row is shown.
+        pipe: the pipeline that made them.
+        side: largest width and height of the result, in pixels.
+    """
+    if latents.ndim != 4:
+        raise ValueError(f"preview needs latents of shape (B, C, H, W), got {tuple(latents.shape)} from {type(pipe).__name__}")
+    vae = pipe.vae
+    cells = max(1, side // pipe.vae_scale_factor)
+    shrink = max(1.0, max(latents.shape[-2:]) / cells)
+    size = [max(1, int(length / shrink)) for length in latents.shape[-2:]]
+    with torch.no_grad():
+        small = torch.nn.functional.interpolate(latents[:1].float(), size, mode="area")
+        small = small / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        decoded = vae.decode(small.to(vae.dtype), return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded.float().nan_to_num(), output_type="pil")[0]
+
+
+class _Clock:
+    """Times the steps. The first one counts apart from the others, because loading and text encoding come with it."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.first: float | None = None
+
+    def event(self, step: int, steps: int, latents: torch.Tensor) -> StepEvent:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        each = (now - self.first) / (step - 1) if step > 1 else now - self.began
+        return StepEvent(step, steps, latents, seconds=now - self.began, eta=each * (steps - step))
+
+
+def _check_makes_pictures(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
+    if not {"prompt", "num_inference_steps", "callback_on_step_end"} <= set(accepts) or {"image", "num_frames"} & set(accepts):
+        raise ValueError(
+            f"{type(pipe).__name__} does not make a picture from a text alone with a callback after each step; "
+            "use a text-to-image pipeline such as StableDiffusionPipeline or StableDiffusionXLPipeline"
+        )
+
+
+def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
+    """The recipe with seed, guidance, numbers, model and versions as they will be used."""
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    if recipe.dtype not in (None, dtype):
+        raise ValueError(f"the recipe computes in {recipe.dtype}, this pipeline in {dtype}; load it with dtype={recipe.dtype!r}")
+    guidance = recipe.guidance
+    if guidance is None and "guidance_scale" in accepts:
+        guidance = accepts["guidance_scale"].default
+    elif guidance is not None and "guidance_scale" not in accepts:
+        raise ValueError(f"{type(pipe).__name__} takes no guidance, got {guidance}; leave it out")
+    if recipe.negative and "negative_prompt" not in accepts:
+        raise ValueError(f"{type(pipe).__name__} takes no negative prompt, got {recipe.negative!r}; leave it out")
+    return replace(
+        recipe,
+        model=pipe.config.get("_name_or_path") or recipe.model,
+        seed=secrets.randbelow(2**32) if recipe.seed is None else recipe.seed,
+        guidance=guidance,
+        dtype=dtype,
+        made_with={
+            "reattend": importlib.metadata.version("reattend"),
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "device": pipe.device.type,
+            "pipeline": type(pipe).__name__,
+            "scheduler": type(pipe.scheduler).__name__,
+        },
+    )
+
+
+def _check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
+    """Raise ValueError if no text encoder of the pipeline sees the whole text; stock pipelines cut it off with a warning."""
+    found = []  # (tokens, allowed) for each tokenizer
+    for part, tokenizer in pipe.components.items():
+        if part.startswith("tokenizer") and tokenizer is not None:
+            allowed = tokenizer.model_max_length
+            if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in accepts:
+                allowed = accepts["max_sequence_length"].default  # long-text encoders (T5) are cut there
+            tokens = len(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
+            found.append((tokens, allowed - tokenizer.num_special_tokens_to_add()))
+    if found and all(tokens > allowed for tokens, allowed in found):
+        tokens, allowed = max(found, key=lambda pair: pair[1])
+        raise ValueError(f"{name} is too long: got {tokens} tokens, this model reads {allowed}; shorten it")
+
+
+def _arguments(recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """What the stock call gets; what the recipe leaves open is left to it."""
+    values = {
+        "prompt": recipe.prompt,
+        "negative_prompt": recipe.negative or None,
+        "width": recipe.width,
+        "height": recipe.height,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": recipe.guidance,
+    }
+    return {name: value for name, value in values.items() if value is not None and name in accepts}
+
+
+def _attention(pipe: Any, recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+    """The recipe's attention inside the pipeline for the length of a with block."""
+    methods = [
+        ATTN_PROCESSORS[entry["name"]].from_settings({key: value for key, value in entry.items() if key != "name"})
+        for entry in recipe.attention
+    ]
+    return installed(pipe, methods) if methods else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_progress_bar(pipe: Any) -> Iterator[None]:
+    """Our events take the place of the pipeline's own bar."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _picture(output: Any) -> Image.Image:
+    if any(getattr(output, "nsfw_content_detected", None) or ()):
+        raise RuntimeError("the model's own safety checker hid this picture; change the prompt or the seed")
+    values = output.images[0]  # (H, W, 3) in [0, 1]
+    if not np.isfinite(values).all():
+        raise RuntimeError(
+            "the model computed no picture: its values are not numbers (NaN); float16 often overflows, use dtype float32 or bfloat16"
+        )
+    return diffusers.DiffusionPipeline.numpy_to_pil(values)[0]
