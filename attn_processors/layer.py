@@ -1,0 +1,165 @@
+"""One layer: the processor diffusers sees, and the attention call it opens for the method.
+
+A `LayerProcessor` joins one method, one family and one layer. Its `__call__` is written out by the family (diffusers
+reads the signature of the class, and newer models pass by position), and normally does three things: open a `LayerCall`,
+let the method attend, and close the call the way the stock processor does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .compat import dispatch_attention_fn
+from .method import AttnMethod
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+class LayoutError(ValueError):
+    """The tokens of a layer do not fit what the method needs to know about them (grid, mask)."""
+
+
+class LayerCall:
+    """One attention call. Shapes: B rows, N tokens, h heads of d channels, C channels of the layer's input.
+
+    The projections run on first use, so a method that attends between merged tokens never pays for the full ones.
+    """
+
+    x: Tensor  # (B, N, C), normalised as the stock processor normalises it
+    grid: tuple[int, int]  # (H, W) with H * W == N
+    mask: Tensor | None  # additive, broadcastable to (B, h, N, N); None almost always
+    unmerge: Callable[[Tensor], Tensor] | None  # (B, M, C) -> (B, N, C), applied after the output projection
+
+    def __init__(self, layer: LayerProcessor, attn: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None):
+        self._layer, self._attn = layer, attn
+        self.x, self.grid, self.mask = x, grid, mask
+        self.unmerge = None
+        self._q: Tensor | None = None
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    @property
+    def level(self) -> int:
+        return self._layer.level
+
+    @property
+    def context(self) -> Context:
+        return self._layer.context
+
+    @property
+    def heads(self) -> int:
+        return self._attn.heads
+
+    @property
+    def scale(self) -> float:
+        """What the stock layer multiplies its logits with."""
+        return self._attn.scale
+
+    @property
+    def q(self) -> Tensor:
+        """(B, N, h, d)"""
+        if self._q is None:
+            self._q = self.to_q(self.x)
+        return self._q
+
+    @property
+    def k(self) -> Tensor:
+        """(B, N, h, d)"""
+        if self._k is None:
+            self._k = self.to_k(self.x)
+        return self._k
+
+    @property
+    def v(self) -> Tensor:
+        """(B, N, h, d)"""
+        if self._v is None:
+            self._v = self.to_v(self.x)
+        return self._v
+
+    def to_q(self, x: Tensor) -> Tensor:
+        """Project and normalise any tokens of this layer: (B, M, C) -> (B, M, h, d)."""
+        return self._layer.project_q(self._attn, x)
+
+    def to_k(self, x: Tensor) -> Tensor:
+        return self._layer.project_k(self._attn, x)
+
+    def to_v(self, x: Tensor) -> Tensor:
+        return self._layer.project_v(self._attn, x)
+
+    def softmax(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Softmax attention by the backend the user chose.
+
+        q (B, M, h, d), k and v (B, K, h, d) -> (B, M, h, d). `scale` defaults to the layer's own; `mask` is boolean or
+        additive, broadcastable to (B, h, M, K), and not every backend takes one.
+        """
+        return dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            scale=self.scale if scale is None else scale,
+            backend=self._layer._attention_backend,
+            parallel_config=self._layer._parallel_config,
+        )
+
+
+class LayerProcessor:
+    """What diffusers calls in one layer. A family derives from this and writes out `__call__`.
+
+    Loading or unloading an IP-Adapter makes diffusers build new processors by calling this class without arguments.
+    Such a blank one has no method; the context puts the real one back before the next layer runs.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(
+        self,
+        method: AttnMethod | None = None,
+        family: Any = None,
+        context: Context | None = None,
+        name: str = "",
+        level: int = 0,
+        stock: Any = None,
+    ):
+        self.method, self.family, self.context = method, family, context
+        self.name, self.level, self.stock = name, level, stock
+        self.neutral = method is not None and method.neutral
+        self.phase = 0  # written by the context between root calls, read inside compiled regions
+
+    def project_q(self, attn: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def project_k(self, attn: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def project_v(self, attn: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def attend(self, call: LayerCall) -> Tensor:
+        return self.method.attend(call, self.phase)
+
+    def mismatch(self, problem: str) -> str | None:
+        """Tokens or mask do not suit the method: raise `LayoutError`, or warn and let the caller run stock."""
+        remedy = "give the method on_mismatch='stock' to run such layers unchanged, or leave them out with layers=..."
+        message = f"layer {self.name!r}: {problem}; {remedy}."
+        if self.method.on_mismatch == "raise":
+            raise LayoutError(message)
+        if not torch.compiler.is_compiling():
+            warnings.warn(message.replace(remedy, "the stock layer runs instead"), stacklevel=2)
+        return message
+
+    def __call__(self, attn: Any, hidden_states: Tensor) -> Tensor:
+        raise NotImplementedError

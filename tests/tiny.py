@@ -1,0 +1,200 @@
+"""Tiny random pipelines of stock diffusers classes, built in memory: no network, no files, a fraction of a second each.
+
+The VAEs shrink by 2, so 32 x 32 pixels are 16 x 16 latents. Every UNet has attention at both of its levels. Weights are
+random but seeded: pictures are noise, so compare arrays. The builders are cached; the fixtures in `conftest.py` hand out
+`fresh` copies, so a test may change what it gets.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+CHANNELS = (32, 64)
+TEXT_WIDTH = 32
+VAE_FACTOR = 2
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: one token per byte, 514 entries."""
+    printable = [chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+    letters = printable + [chr(256 + i) for i in range(256 - len(printable))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def text_encoder(seed: int = 0, projection: bool = False) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=TEXT_WIDTH,
+        vocab_size=len(tokenizer()),
+        bos_token_id=tokenizer().bos_token_id,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def vae(seed: int = 0) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    ).eval()
+
+
+def unet_config(**changes: Any) -> dict[str, Any]:
+    """Two levels, both with attention, 7 transformer blocks: down 1 + 1, mid 1, up 2 + 2."""
+    return (
+        dict(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=CHANNELS,
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=TEXT_WIDTH,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+        )
+        | changes
+    )
+
+
+def unet(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**unet_config(**changes)).eval()
+
+
+def controlnet(seed: int = 0) -> torch.nn.Module:
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    net = ControlNetModel(
+        in_channels=4,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        conditioning_embedding_out_channels=(16, 32),
+    ).eval()
+    for zeroed in [*net.controlnet_down_blocks, net.controlnet_mid_block]:  # else it would change nothing
+        torch.nn.init.normal_(zeroed.weight, std=0.1)
+    return net
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+@cache
+def sd() -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return quiet(StableDiffusionPipeline(**_sd_parts()))
+
+
+@cache
+def sd_controlnet() -> Any:
+    from diffusers import StableDiffusionControlNetPipeline
+
+    return quiet(StableDiffusionControlNetPipeline(**_sd_parts(), controlnet=controlnet()))
+
+
+@cache
+def sdxl() -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    denoiser = unet(
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+        cross_attention_dim=2 * TEXT_WIDTH,
+    )
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae=vae(),
+            text_encoder=text_encoder(),
+            text_encoder_2=text_encoder(1, projection=True),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(),
+            unet=denoiser,
+            scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
+            add_watermarker=False,
+        )
+    )
+
+
+@cache
+def animatediff() -> Any:
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    torch.manual_seed(1)
+    adapter = MotionAdapter(
+        block_out_channels=CHANNELS, motion_layers_per_block=1, motion_num_attention_heads=4, motion_max_seq_length=32
+    )
+    parts = _sd_parts()
+    parts = {key: parts[key] for key in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    return quiet(AnimateDiffPipeline(**parts, motion_adapter=adapter.eval()))
+
+
+def fresh(pipe: Any) -> Any:
+    """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared (nobody edits them)."""
+    shared = [part for name, part in pipe.components.items() if name.startswith(("vae", "text_encoder", "tokenizer"))]
+    return copy.deepcopy(pipe, {id(part): part for part in shared if part is not None})
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sd_parts() -> dict[str, Any]:
+    return dict(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        unet=unet(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def run(pipe: Any, **changes: Any) -> torch.Tensor:
+    """Call a pipeline for two seeded steps; latents (or whatever `output_type` says) as a tensor."""
+    settings = dict(
+        prompt="a blue car on sand",
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    )
+    if hasattr(pipe, "motion_adapter"):
+        settings |= dict(num_frames=4)
+    if "Control" in type(pipe).__name__ and "image" not in changes:
+        size = (changes.get("height", 32), changes.get("width", 32))
+        settings |= dict(image=torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        out = pipe(**(settings | changes))
+    return getattr(out, "frames" if hasattr(out, "frames") else "images")
