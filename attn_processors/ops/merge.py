@@ -188,7 +188,7 @@ def match_reference(x: Tensor, source: Tensor, destination: Tensor) -> Matching:
         unit = torch.stack([token / max(float(token.norm()), MIN_NORM) for token in sample])
         likeness = [[float(unit[i] @ unit[j]) for j in destination.tolist()] for i in source.tolist()]
         nearest = [max(range(len(row)), key=row.__getitem__) for row in likeness]
-        value = [row[index] for row, index in zip(likeness, nearest)]
+        value = [row[index] for row, index in zip(likeness, nearest, strict=True)]
         best.append(nearest)
         order.append(sorted(range(len(value)), key=lambda i, value=value: -value[i]))
     shape = (x.shape[0], source.shape[0])

@@ -38,7 +38,7 @@ def test_with_p_one_and_no_shortcut_it_is_the_explicit_two_softmax_product(size)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("p, c", [(0.3, 0.075), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("p", "c"), [(0.3, 0.075), (1.0, 0.0), (0.0, 1.0)])
 def test_the_fused_form_equals_the_reference(p, c, dtype):
     q, k, v, agents = qkva(2, 30, 30, 5, 3, 8)
     want = agent_attention_reference(q, k, v, agents, p=p, c=c, scale=8**-0.5)
@@ -54,7 +54,7 @@ def test_gradients_equal_those_of_the_reference():
     weight = qkva(2, 12, 12, 3, 2, 4)[1]
     got = torch.autograd.grad((agent_attention(*inputs, **settings, softmax=softmax) * weight).sum(), inputs)
     want = torch.autograd.grad((agent_attention_reference(*inputs, **settings) * weight).sum(), inputs)
-    for name, fast, slow in zip("q k v agents".split(), got, want):
+    for name, fast, slow in zip(["q", "k", "v", "agents"], got, want, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -77,4 +77,6 @@ def test_constant_values_pass_through_unchanged():
 
 
 def test_agents_pay_off_only_below_half_the_queries():
-    assert agents_pay_off(4, 9) and not agents_pay_off(4, 8) and not agents_pay_off(5, 8)
+    assert agents_pay_off(4, 9)
+    assert not agents_pay_off(4, 8)
+    assert not agents_pay_off(5, 8)

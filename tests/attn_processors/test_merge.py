@@ -20,7 +20,7 @@ CASES = [
     ((1, 1), (2, 2)),
     ((3, 5), (1, 1)),
 ]
-cases = pytest.mark.parametrize("grid, cell", CASES, ids=lambda pair: "x".join(map(str, pair)))
+cases = pytest.mark.parametrize(("grid", "cell"), CASES, ids=lambda pair: "x".join(map(str, pair)))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}  # bf16: one rounding to 8 bits
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 cells = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -67,19 +67,22 @@ def test_matching_equals_the_reference(grid, cell, batch):
     x = tokens(grid, batch)
     split = split_tokens(grid, cell, picks(grid, cell, seed=3))
     got, want = match(x, *split), match_reference(x, *split)
-    assert torch.equal(got.best, want.best) and torch.equal(got.order, want.order)
+    assert torch.equal(got.best, want.best)
+    assert torch.equal(got.order, want.order)
 
 
 def test_matching_in_small_blocks_equals_matching_at_once():
     x = tokens((9, 11), batch=3)
     split = split_tokens((9, 11), (2, 2))
     at_once, row_by_row = match(x, *split), match(x, *split, block_bytes=1)
-    assert torch.equal(at_once.best, row_by_row.best) and torch.equal(at_once.order, row_by_row.order)
+    assert torch.equal(at_once.best, row_by_row.best)
+    assert torch.equal(at_once.order, row_by_row.order)
 
 
 def test_zero_tokens_are_matched_without_nan():
     matching = match(torch.zeros(1, 16, 4), *split_tokens((4, 4), (2, 2)))
-    assert sorted(matching.order[0].tolist()) == list(range(12)) and matching.best.max() < 4
+    assert sorted(matching.order[0].tolist()) == list(range(12))
+    assert matching.best.max() < 4
 
 
 @cases
@@ -139,7 +142,8 @@ def test_a_merged_source_takes_its_destinations_value_and_the_most_alike_go_firs
     assert matching.best.tolist() == [[1, 1, 0, 1]]
     assert matching.order.tolist() == [[3, 1, 2, 0]]
     groups = matching.groups(2)  # tokens 5 and 3 join token 1
-    assert groups.kept.tolist() == [[4, 2]] and groups.sizes.tolist() == [[1, 1, 1, 3]]
+    assert groups.kept.tolist() == [[4, 2]]
+    assert groups.sizes.tolist() == [[1, 1, 1, 3]]
     torch.testing.assert_close(groups.merge(x)[0, 3], (x[0, 1] + x[0, 3] + x[0, 5]) / 3)
     assert groups.unmerge(torch.arange(4.0).view(1, 4, 1)).flatten().tolist() == [2, 3, 1, 3, 0, 3]
 
