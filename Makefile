@@ -10,7 +10,8 @@ READY := $(VENV)/.ready
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := attn_processors pipelines distill ui bench emoji_world
 
-export HF_HUB_OFFLINE = 1  # nothing here may need a download of weights
+# Nothing here may need a download of weights.
+export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test lint types suite format browser clean
 
@@ -33,9 +34,8 @@ lint: setup
 
 # What users get is the wheel, so that is what is checked.
 types: setup
-	rm -rf build
-	$(BIN)/python -m build --wheel --no-isolation --outdir build/types . >build.log 2>&1 || { cat build.log; exit 1; }
-	@rm build.log
+	rm -rf build && mkdir -p build/types
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/types . >build/types/log 2>&1 || { cat build/types/log; exit 1; }
 	$(BIN)/python -m zipfile -e build/types/*.whl build/types/wheel
 	MYPYPATH=build/types/wheel $(BIN)/mypy $(PACKAGES:%=-p reattend.%)
 
