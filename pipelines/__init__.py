@@ -8,23 +8,18 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "reattend.pipelines":
     raise ImportError("import reattend.pipelines instead of this bare folder; first: pip install -e .")
 
+# Light modules are imported at once. For `load` it has to be so: its module, imported later, would hide the function.
+from .events import Cancelled, CancelToken, StepEvent
+from .load import ModelUnavailable, bundled, load
+from .recipe import Recipe
+
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
-    from .events import Cancelled, CancelToken, StepEvent
     from .image import Picture, generate, preview
-    from .load import ModelUnavailable, bundled, load
-    from .recipe import Recipe
 
 _HOME = {
-    "CancelToken": ".events",
-    "Cancelled": ".events",
-    "ModelUnavailable": ".load",
     "Picture": ".image",
-    "Recipe": ".recipe",
-    "StepEvent": ".events",
-    "bundled": ".load",
     "generate": ".image",
-    "load": ".load",
     "pluggable": "..attn_processors",
     "preview": ".image",
 }

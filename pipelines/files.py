@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["free_path", "written_whole"]
+__all__ = ["check_writable", "free_path", "written_whole"]
 
 
 @contextlib.contextmanager
@@ -46,3 +46,12 @@ def free_path(folder: Path, text: str, suffix: str) -> Path:
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower())[:48].strip("-") or "picture"
     names = (f"{stem}{f'-{i}' if i > 1 else ''}{suffix}" for i in range(1, 10**9))
     return next(path for name in names if not (path := folder / name).exists())
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if `path` could not be written, so that this shows before long work and not after it."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if there != path and not there.is_dir():
+        raise ValueError(f"cannot write {path}: {there} is a file, not a folder; choose another output path")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to write {there}; choose another output path")

@@ -57,13 +57,26 @@ def load(
     return pluggable(pipe)
 
 
+def default_device() -> torch.device:
+    """The first there is of cuda, mps, cpu."""
+    import torch
+
+    return torch.device(_present()[0])
+
+
+def _present() -> list[str]:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, is_there in there.items() if is_there]
+
+
 def _device(wanted: str | torch.device | None) -> torch.device:
     import torch
 
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name, is_there in present.items() if is_there]
     if wanted is None:
-        return torch.device(there[0])
+        return default_device()
+    there = _present()
     try:
         place = torch.device(wanted)
     except (RuntimeError, TypeError):
