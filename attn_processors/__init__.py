@@ -1,4 +1,82 @@
-"""What attention computes in a stock diffusers model, and putting it there."""
+"""Attention processors for stock diffusers pipelines, installed with one call and removed with one call.
+
+    from reattend.attn_processors import AgentAttnProcessor, install, installed
+
+    handle = install(pipe, AgentAttnProcessor(ratio=0.4))
+    handle.remove()
+    with installed(pipe, "agent", ratio=0.4):
+        ...
+
+Names load on first use. `ATTN_PROCESSORS` is the dict from short name to class.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "reattend.attn_processors":
     raise ImportError("import reattend.attn_processors instead of this bare folder; first: pip install -e .")
+
+if TYPE_CHECKING:
+    from .agent import AgentAttnProcessor
+    from .compat import BackendUnavailable
+    from .context import Context
+    from .families import UnsupportedModel
+    from .installer import Displaced, Handle, Report, install, installed
+    from .layer import LayerCall, LayoutError
+    from .method import AttnMethod, LayerInfo
+    from .binding import pluggable
+
+    ATTN_PROCESSORS: dict[str, type[AttnMethod]]
+
+_METHODS = {"agent": "AgentAttnProcessor"}  # short name -> class
+_FILES = {  # public name -> file
+    "AgentAttnProcessor": "agent",
+    "AttnMethod": "method",
+    "BackendUnavailable": "compat",
+    "Context": "context",
+    "Displaced": "installer",
+    "Handle": "installer",
+    "LayerCall": "layer",
+    "LayerInfo": "method",
+    "LayoutError": "layer",
+    "Report": "installer",
+    "UnsupportedModel": "families",
+    "install": "installer",
+    "installed": "installer",
+    "pluggable": "binding",
+}
+
+__all__ = [
+    "ATTN_PROCESSORS",
+    "AgentAttnProcessor",
+    "AttnMethod",
+    "BackendUnavailable",
+    "Context",
+    "Displaced",
+    "Handle",
+    "LayerCall",
+    "LayerInfo",
+    "LayoutError",
+    "Report",
+    "UnsupportedModel",
+    "install",
+    "installed",
+    "pluggable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ATTN_PROCESSORS":
+        value: Any = {short: __getattr__(cls) for short, cls in _METHODS.items()}
+    elif name in _FILES:
+        value = getattr(import_module(f".{_FILES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,8 +14,17 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
-__all__ = ["BackendUnavailable", "dispatch_attention_fn", "require_backend", "why_not_xformers"]
+__all__ = [
+    "Attention",
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "BackendUnavailable",
+    "dispatch_attention_fn",
+    "require_backend",
+    "why_not_xformers",
+]
 
 
 class BackendUnavailable(RuntimeError):

@@ -1,17 +1,15 @@
 """One layer: the processor diffusers sees, and the attention call it opens for the method.
 
-A `LayerProcessor` joins one method, one family and one layer. Its `__call__` is written out by the family (diffusers
-reads the signature of the class, and newer models pass by position), and normally does three things: open a `LayerCall`,
-let the method attend, and close the call the way the stock processor does.
+A `LayerProcessor` joins one method and one layer. Its `__call__` is written out by the family (diffusers reads the
+signature of the class, and newer models pass by position), and normally does three things: open a `LayerCall`, let the
+method attend, and close the call the way the stock processor does.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from .compat import dispatch_attention_fn
@@ -128,13 +126,12 @@ class LayerProcessor:
     def __init__(
         self,
         method: AttnMethod | None = None,
-        family: Any = None,
         context: Context | None = None,
         name: str = "",
         level: int = 0,
         stock: Any = None,
     ):
-        self.method, self.family, self.context = method, family, context
+        self.method, self.context = method, context
         self.name, self.level, self.stock = name, level, stock
         self.neutral = method is not None and method.neutral
         self.phase = 0  # written by the context between root calls, read inside compiled regions
@@ -151,15 +148,20 @@ class LayerProcessor:
     def attend(self, call: LayerCall) -> Tensor:
         return self.method.attend(call, self.phase)
 
-    def mismatch(self, problem: str) -> str | None:
-        """Tokens or mask do not suit the method: raise `LayoutError`, or warn and let the caller run stock."""
-        remedy = "give the method on_mismatch='stock' to run such layers unchanged, or leave them out with layers=..."
-        message = f"layer {self.name!r}: {problem}; {remedy}."
+    def mismatch(self, problem: str) -> None:
+        """Tokens or mask do not suit the method: raise LayoutError, or warn once and let the caller run stock."""
         if self.method.on_mismatch == "raise":
-            raise LayoutError(message)
-        if not torch.compiler.is_compiling():
-            warnings.warn(message.replace(remedy, "the stock layer runs instead"), stacklevel=2)
-        return message
+            raise LayoutError(
+                f"layer {self.name!r}: {problem}; leave the layer out with layers=..., or run such layers unchanged "
+                "with on_mismatch='stock'."
+            )
+        self.context.warn_once((self.method.name, problem), f"layer {self.name!r}: {problem}; the stock layer runs.")
+
+    def refuse_blank(self) -> NoReturn:
+        raise RuntimeError(
+            f"this {type(self).__name__} was made without settings and its denoiser has none of ours installed any "
+            "more; set a stock processor there, or install again."
+        )
 
     def __call__(self, attn: Any, hidden_states: Tensor) -> Tensor:
         raise NotImplementedError

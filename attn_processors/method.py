@@ -128,7 +128,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if value not in args:
             raise ValueError(f"{where} wants one of {', '.join(map(repr, args))}, got {value!r}.")
         return value
-    if hint is Any or hint is str and isinstance(value, str):
+    if hint is Any or (hint is str and isinstance(value, str)):
         return value
     if isinstance(value, str):
         value = _literal(value)
@@ -151,11 +151,16 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _coerce_union(value: Any, options: tuple, where: str) -> Any:
+    bad_value = None
     for option in options:
         try:
             return coerce(value, option, where)
-        except (TypeError, ValueError):
+        except TypeError:
             continue
+        except ValueError as error:  # right type, bad value: says more than the list of types
+            bad_value = bad_value or error
+    if bad_value is not None:
+        raise bad_value
     raise TypeError(f"{where} wants {' or '.join(map(_spell, options))}, got {value!r} ({type(value).__name__}).")
 
 

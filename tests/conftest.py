@@ -32,3 +32,11 @@ def sd_controlnet() -> Any:
 @pytest.fixture
 def animatediff() -> Any:
     return tiny.fresh(tiny.animatediff())
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion pipeline as a diffusers folder; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tiny.sd().save_pretrained(folder)
+    return folder

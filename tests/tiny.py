@@ -1,8 +1,8 @@
 """Tiny random pipelines of stock diffusers classes, built in memory: no network, no files, a fraction of a second each.
 
-The VAEs shrink by 2, so 32 x 32 pixels are 16 x 16 latents. Every UNet has attention at both of its levels. Weights are
-random but seeded: pictures are noise, so compare arrays. The builders are cached; the fixtures in `conftest.py` hand out
-`fresh` copies, so a test may change what it gets.
+The VAEs shrink by 2, so 32 x 32 pixels are 16 x 16 latents. Every UNet has attention at both of its levels. Weights
+are random but seeded: pictures are noise, so compare arrays. The builders are cached; the fixtures in `conftest.py`
+hand out `fresh` copies, so a test may change what it gets.
 """
 
 from __future__ import annotations
@@ -57,20 +57,17 @@ def vae(seed: int = 0) -> AutoencoderKL:
 
 def unet_config(**changes: Any) -> dict[str, Any]:
     """Two levels, both with attention, 7 transformer blocks: down 1 + 1, mid 1, up 2 + 2."""
-    return (
-        dict(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=CHANNELS,
-            layers_per_block=1,
-            attention_head_dim=8,
-            cross_attention_dim=TEXT_WIDTH,
-            down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2,
-        )
-        | changes
-    )
+    return {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": CHANNELS,
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "cross_attention_dim": TEXT_WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    } | changes
 
 
 def unet(seed: int = 0, **changes: Any) -> torch.nn.Module:
@@ -157,7 +154,7 @@ def animatediff() -> Any:
 
 
 def fresh(pipe: Any) -> Any:
-    """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared (nobody edits them)."""
+    """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared, never edited."""
     shared = [part for name, part in pipe.components.items() if name.startswith(("vae", "text_encoder", "tokenizer"))]
     return copy.deepcopy(pipe, {id(part): part for part in shared if part is not None})
 
@@ -168,33 +165,33 @@ def quiet(pipe: Any) -> Any:
 
 
 def _sd_parts() -> dict[str, Any]:
-    return dict(
-        vae=vae(),
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer(),
-        unet=unet(),
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return {
+        "vae": vae(),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(),
+        "unet": unet(),
+        "scheduler": scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 def run(pipe: Any, **changes: Any) -> torch.Tensor:
     """Call a pipeline for two seeded steps; latents (or whatever `output_type` says) as a tensor."""
-    settings = dict(
-        prompt="a blue car on sand",
-        num_inference_steps=2,
-        height=32,
-        width=32,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    )
+    settings = {
+        "prompt": "a blue car on sand",
+        "num_inference_steps": 2,
+        "height": 32,
+        "width": 32,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    }
     if hasattr(pipe, "motion_adapter"):
-        settings |= dict(num_frames=4)
+        settings |= {"num_frames": 4}
     if "Control" in type(pipe).__name__ and "image" not in changes:
         size = (changes.get("height", 32), changes.get("width", 32))
-        settings |= dict(image=torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1)))
+        settings |= {"image": torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))}
     with torch.no_grad():
         out = pipe(**(settings | changes))
     return getattr(out, "frames" if hasattr(out, "frames") else "images")

@@ -1,0 +1,63 @@
+"""Families: what the package knows about model classes, and only they know it.
+
+To add a model: write a file here with a `LayerProcessor` whose `__call__` has the signature of the model's stock
+processor, a `Family` that finds the layers and reads the root call, `FAMILY = ThatFamily()`; then name the class below.
+Classes are recognised by name, along the bases, so no model file is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..layer import LayerProcessor
+from ..method import LayerInfo
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+FAMILIES = {  # class name -> file
+    "UNet2DConditionModel": "unet",
+    "UNet2DModel": "unet",
+    "UNet3DConditionModel": "unet",
+    "UNetMotionModel": "unet",
+    "ControlNetModel": "unet",
+}
+
+
+class UnsupportedModel(TypeError):
+    """No family knows this model class."""
+
+
+class Family:
+    """One way of being built. Stateless; shared by all models of its classes."""
+
+    layer: type[LayerProcessor]
+
+    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
+        """The attention layers methods may be put on, in module order."""
+        raise NotImplementedError
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """What is wrong with the processor now in `module`, and what to do about it; None if ours may replace it."""
+        raise NotImplementedError
+
+    def read(self, context: Context, args: tuple, kwargs: dict) -> None:
+        """Take grids, batch, frames and timestep from the arguments of the root's forward.
+
+        May be traced by torch.compile: store integers and references to tensors, convert nothing.
+        """
+        raise NotImplementedError
+
+
+def family_of(model: Any) -> Family:
+    """The family of `model`. Raises UnsupportedModel naming the classes that have one."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return import_module(f".{FAMILIES[cls.__name__]}", __name__).FAMILY
+    raise UnsupportedModel(
+        f"{type(model).__name__} is not supported yet; supported are {', '.join(FAMILIES)} and pipelines with one of "
+        "them as denoiser. A new one is a file in attn_processors/families."
+    )
