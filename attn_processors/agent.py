@@ -34,6 +34,20 @@ __all__ = ["PRESETS", "AgentAttnProcessor", "Phase"]
 ROUNDING = 1e-6
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name} must be in [0, 1), got {value}. It is the share of image tokens merged away; 0.4 merges 40 %."
+        )
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"{name} must be a finite number >= 0, got {value}. The published values are p = 0.3 and c = 0.075."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """What agent attention does during one stretch of the denoising steps.
@@ -53,10 +67,10 @@ class Phase:
         hints = get_type_hints(Phase)
         for field in fields(self):
             object.__setattr__(self, field.name, coerce(getattr(self, field.name), hints[field.name], field.name))
-        check_share("ratio", self.ratio)
-        check_share("agent_ratio", self.agent_ratio)
+        _check_share("ratio", self.ratio)
+        _check_share("agent_ratio", self.agent_ratio)
         for name in ("p", "c"):
-            check_not_negative(name, getattr(self, name))
+            _check_not_negative(name, getattr(self, name))
         for name in ("sy", "sx"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -114,12 +128,12 @@ class AgentAttnProcessor(AttnMethod):
             )
         for name in ("ratio", "agent_ratio"):
             if getattr(self, name) is not None:
-                check_share(name, getattr(self, name))
+                _check_share(name, getattr(self, name))
         for name in ("p", "c"):
             if getattr(self, name) is not None:
-                check_not_negative(name, getattr(self, name))
+                _check_not_negative(name, getattr(self, name))
         if self.phases is not None:
-            check_schedule(self.phases)
+            _check_schedule(self.phases)
         flat = {name: getattr(self, name) for name in ("ratio", "agent_ratio", "p", "c")}
         flat = {name: value for name, value in flat.items() if value is not None}
         schedule = tuple(replace(phase, **flat) for phase in self.phases or PRESETS[self.preset])
@@ -217,21 +231,7 @@ def draw(key: str, count: int) -> Tensor:
     return torch.randint(2**31, (count,), generator=generator)
 
 
-def check_share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"{name} must be in [0, 1), got {value}. It is the share of image tokens merged away; 0.4 merges 40 %."
-        )
-
-
-def check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(
-            f"{name} must be a finite number >= 0, got {value}. The published values are p = 0.3 and c = 0.075."
-        )
-
-
-def check_schedule(phases: tuple[Phase, ...]) -> None:
+def _check_schedule(phases: tuple[Phase, ...]) -> None:
     ends = [phase.until for phase in phases]
     if not ends or ends[-1] != 1 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(
