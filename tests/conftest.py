@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of diffusers or transformers
 os.environ["DIFFUSERS_ATTN_CHECKS"] = "1"
 
+import copy
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ import tiny
 def sd() -> Any:
     """A tiny Stable Diffusion pipeline of its own for every test."""
     return tiny.fresh(tiny.sd())
+
+
+@pytest.fixture
+def unet() -> Any:
+    """The denoiser of `sd` alone."""
+    return copy.deepcopy(tiny.sd().unet)
 
 
 @pytest.fixture

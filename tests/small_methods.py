@@ -1,0 +1,99 @@
+"""The smallest methods that exercise the interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from reattend.attn_processors import AttnMethod, LayerCall, LayerInfo
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(AttnMethod):
+    """Stock attention by our path."""
+
+    name: ClassVar[str] = "exact"
+    honours_mask: ClassVar[bool] = True
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharper(AttnMethod):
+    """Softmax with another temperature, visibly not stock; neutral at 1."""
+
+    name: ClassVar[str] = "sharper"
+    factor: float = 4.0
+    levels: int = 2
+
+    def wants(self, layer: LayerInfo) -> bool:
+        return layer.level < self.levels
+
+    @property
+    def neutral(self) -> bool:
+        return self.factor == 1
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        return call.softmax(call.q, call.k, call.v, scale=self.factor * call.scale).flatten(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves(AttnMethod):
+    """Exact in the first half of the steps, sharper in the second."""
+
+    name: ClassVar[str] = "halves"
+
+    def phase(self, progress: float) -> int:
+        return int(progress >= 0.5)
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        scale = call.scale * 4 if phase == 1 else call.scale
+        return call.softmax(call.q, call.k, call.v, scale=scale).flatten(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMeans(AttnMethod):
+    """Mean of every row of the grid: depends on height and width, and goes through `unmerge`."""
+
+    name: ClassVar[str] = "row-means"
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        height, width = call.grid
+        rows = call.x.unflatten(1, (height, width)).mean(2)
+        call.unmerge = lambda out: out.repeat_interleave(width, dim=1)
+        return call.to_v(rows).flatten(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording(Halves):
+    """`Halves` that keeps what it saw in the context."""
+
+    name: ClassVar[str] = "recording"
+
+    def prepare(self, context: Any) -> None:
+        context.slots.setdefault("seen", []).append((context.progress(), context.step()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patching(Exact):
+    """Also doubles the output of the model's last convolution, on this instance."""
+
+    name: ClassVar[str] = "patching"
+
+    def patches(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+        conv = model.conv_out
+        return [
+            (conv, "forward", Doubled(type(conv).forward, conv)),
+            (conv, "bias", nn.Parameter(torch.zeros_like(conv.bias))),
+        ]
+
+
+class Doubled:
+    def __init__(self, forward: Any, module: nn.Module):
+        self.plain, self.module = forward, module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * self.plain(self.module, x)
