@@ -23,7 +23,7 @@ class StepEvent:
     Attributes:
         step: steps done so far, 1 to `steps`.
         steps: steps in all, as the scheduler counts them.
-        latents: the latents after this step, on the denoiser's device; read them only if a preview is wanted, change nothing.
+        latents: the latents after this step, on the denoiser's device; read them only for a preview, change nothing.
         clip: index of the clip, 0 for a picture.
         clips: clips in all, 1 for a picture.
         seconds: time since the job began, in seconds.

@@ -25,7 +25,9 @@ def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}: {path.parent}; choose another output path") from error
+            raise ValueError(
+                f"cannot write {path}: {error.strerror}: {path.parent}; choose another output path"
+            ) from error
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
     mark = secrets.token_hex(4)

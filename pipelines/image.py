@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 
 from ..attn_processors import ATTN_PROCESSORS, installed
+from ..attn_processors.context import context_of
+from ..attn_processors.installer import denoisers
 from .events import CancelToken, StepEvent
 from .load import load
 from .recipe import Recipe
@@ -47,7 +49,7 @@ def generate(
 
     Args:
         recipe: what to make. What it leaves open is filled in and comes back in `Picture.recipe`.
-        pipe: a text-to-image pipeline that is already loaded, used in place of `recipe.model`; it is left as it was found.
+        pipe: a loaded text-to-image pipeline, used in place of `recipe.model`; it is left as it was found.
         on_step: called in this thread after every denoising step.
         cancel: asked before the work, and after every step.
 
@@ -99,7 +101,9 @@ def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
         side: largest width and height of the result, in pixels.
     """
     if latents.ndim != 4:
-        raise ValueError(f"preview needs latents of shape (B, C, H, W), got {tuple(latents.shape)} from {type(pipe).__name__}")
+        raise ValueError(
+            f"preview needs latents of shape (B, C, H, W), got {tuple(latents.shape)} from {type(pipe).__name__}"
+        )
     vae = pipe.vae
     cells = max(1, side // pipe.vae_scale_factor)
     shrink = max(1.0, max(latents.shape[-2:]) / cells)
@@ -127,7 +131,9 @@ class _Clock:
 
 
 def _check_makes_pictures(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
-    if not {"prompt", "num_inference_steps", "callback_on_step_end"} <= set(accepts) or {"image", "num_frames"} & set(accepts):
+    if not {"prompt", "num_inference_steps", "callback_on_step_end"} <= set(accepts) or {"image", "num_frames"} & set(
+        accepts
+    ):
         raise ValueError(
             f"{type(pipe).__name__} does not make a picture from a text alone with a callback after each step; "
             "use a text-to-image pipeline such as StableDiffusionPipeline or StableDiffusionXLPipeline"
@@ -138,7 +144,9 @@ def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Paramete
     """The recipe with seed, guidance, numbers, model and versions as they will be used."""
     dtype = str(pipe.dtype).removeprefix("torch.")
     if recipe.dtype not in (None, dtype):
-        raise ValueError(f"the recipe computes in {recipe.dtype}, this pipeline in {dtype}; load it with dtype={recipe.dtype!r}")
+        raise ValueError(
+            f"the recipe computes in {recipe.dtype}, this pipeline in {dtype}; load it with dtype={recipe.dtype!r}"
+        )
     guidance = recipe.guidance
     if guidance is None and "guidance_scale" in accepts:
         guidance = accepts["guidance_scale"].default
@@ -164,7 +172,7 @@ def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Paramete
 
 
 def _check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
-    """Raise ValueError if no text encoder of the pipeline sees the whole text; stock pipelines cut it off with a warning."""
+    """Raise ValueError if no text encoder sees the whole text; stock pipelines cut it off with a warning."""
     found = []  # (tokens, allowed) for each tokenizer
     for part, tokenizer in pipe.components.items():
         if part.startswith("tokenizer") and tokenizer is not None:
@@ -193,6 +201,11 @@ def _arguments(recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict
 
 def _attention(pipe: Any, recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """The recipe's attention inside the pipeline for the length of a with block."""
+    if any(context_of(model) for model in denoisers(pipe)):
+        raise ValueError(
+            "the pipeline already carries attention of ours, which the recipe would not tell; call "
+            "pipe.reset_attn_processor() (or remove its handle) and write it into the recipe's attention"
+        )
     methods = [
         ATTN_PROCESSORS[entry["name"]].from_settings({key: value for key, value in entry.items() if key != "name"})
         for entry in recipe.attention
@@ -217,6 +230,7 @@ def _picture(output: Any) -> Image.Image:
     values = output.images[0]  # (H, W, 3) in [0, 1]
     if not np.isfinite(values).all():
         raise RuntimeError(
-            "the model computed no picture: its values are not numbers (NaN); float16 often overflows, use dtype float32 or bfloat16"
+            "the model computed no picture: its values are not numbers (NaN); float16 often overflows, "
+            "use dtype float32 or bfloat16"
         )
     return diffusers.DiffusionPipeline.numpy_to_pil(values)[0]

@@ -38,7 +38,7 @@ def load(
     """Load the stock pipeline of a model and give it `set_attn_processor` and `reset_attn_processor`.
 
     Args:
-        source: a bundled name ("tiny-sd"), else a local diffusers folder, else a hub id ("owner/name", downloaded once).
+        source: a bundled name ("tiny-sd"), else a local diffusers folder, else a hub id ("owner/name").
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the first there is of cuda, mps, cpu.
         dtype: "float32", "float16" or "bfloat16"; None takes bfloat16 on a CUDA device that computes in it, float16 on
             other CUDA devices, and float32 elsewhere. Files in another precision are converted.
@@ -82,7 +82,9 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     except (RuntimeError, TypeError):
         place = None
     if place is None or place.type not in there or (place.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ValueError(f"device is not available: got {str(wanted)!r}, this machine and torch offer {', '.join(there)}")
+        raise ValueError(
+            f"device is not available: got {str(wanted)!r}, this machine and torch offer {', '.join(there)}"
+        )
     return place
 
 
@@ -118,7 +120,7 @@ def _folder(source: str) -> Path:
         return Path(DiffusionPipeline.download(source, use_safetensors=True))
     except Exception as error:  # the hub client, its transport and the file system each raise their own
         raise ModelUnavailable(
-            f"cannot get the model {source!r}: there is no such folder here, and the hub gave nothing ({_short(error)}); "
+            f"cannot get the model {source!r}: it is no folder here, and the hub gave nothing ({_short(error)}); "
             "check the name and the network, or give a local folder"
         ) from error
 
@@ -172,7 +174,7 @@ def _stock_class(folder: Path) -> type[DiffusionPipeline]:
 
 
 def _is_stock(origin: list[Any]) -> bool:
-    """Whether a [library, class] entry is empty or a loadable class of diffusers, one of its pipelines, or transformers."""
+    """Whether a [library, class] entry is empty, or a class of diffusers (or its pipelines) or transformers."""
     import diffusers
     import transformers
 
@@ -181,7 +183,9 @@ def _is_stock(origin: list[Any]) -> bool:
     if len(origin) != 2 or not all(isinstance(word, str) for word in origin):
         return False
     library, name = origin
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(diffusers.pipelines, library, None)
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
+        diffusers.pipelines, library, None
+    )
     return hasattr(getattr(home, name, None), "from_pretrained")
 
 

@@ -1,8 +1,8 @@
 """One JSON-able value that reproduces a picture.
 
-The same `Recipe` drives Python, the command line and the page, and travels inside the PNG it made (text chunk `reattend`)
-and in a JSON file beside it. On a CPU the same recipe gives the same pixels. The chunk `parameters` repeats the main
-values in the line that most picture tools show.
+The same `Recipe` drives Python, the command line and the page, and travels inside the PNG it made (text chunk
+`reattend`) and in a JSON file beside it. On a CPU the same recipe gives the same pixels. The chunk `parameters` repeats
+the main values in the line that most picture tools show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a picture is made from. None means: the model's own default; a finished picture carries the value that was used.
+    """What a picture is made from. None means the model's own default; a finished picture has what was used.
 
     Attributes:
         prompt: what the picture shows.
@@ -47,9 +47,9 @@ class Recipe:
         steps: denoising steps; more = slower and finer.
         guidance: how strongly the prompt is followed (classifier-free guidance).
         seed: the only source of chance; None draws one.
-        attention: what replaces the stock attention: settings with their "name", e.g. ({"name": "agent", "ratio": 0.4},).
+        attention: what replaces the stock attention: settings with a name, ({"name": "agent", "ratio": 0.4},).
         dtype: numbers the model computes in: "float32", "float16" or "bfloat16".
-        made_with: versions, device, pipeline and scheduler that made the picture. Information only: it changes nothing.
+        made_with: versions, device, pipeline and scheduler that made the picture; information only.
 
     Raises:
         ValueError: for a value out of range, an unknown name of an attention or one of its settings.
@@ -84,8 +84,12 @@ class Recipe:
             _check_number("seed", self.seed, int, *SEED)
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype is unknown: got {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        if not isinstance(self.made_with, Mapping) or not all(isinstance(v, str) for kv in self.made_with.items() for v in kv):
-            raise TypeError(f"made_with must map names to texts, got {self.made_with!r}; leave it out, it is only information")
+        if not isinstance(self.made_with, Mapping) or not all(
+            isinstance(v, str) for kv in self.made_with.items() for v in kv
+        ):
+            raise TypeError(
+                f"made_with must map names to texts, got {self.made_with!r}; leave it out, it is only information"
+            )
         object.__setattr__(self, "made_with", dict(self.made_with))
         object.__setattr__(self, "attention", _complete_attention(self.attention))
 
@@ -101,13 +105,17 @@ class Recipe:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not a recipe: this is not JSON ({error}); use a file that reattend wrote") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f"not a recipe: this JSON has no \"format\": \"{FORMAT}\"; use a file that reattend wrote")
+            raise ValueError(f'not a recipe: this JSON has no "format": "{FORMAT}"; use a file that reattend wrote')
         version = values.pop("version", None)
         if version != VERSION:
-            raise ValueError(f"recipe of format version {version!r}, this reattend reads version {VERSION}; use another reattend")
+            raise ValueError(
+                f"recipe of format version {version!r}, this reattend reads version {VERSION}; use another reattend"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"recipe has unknown entries: got {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"recipe has unknown entries: got {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         if "prompt" not in values:
             raise ValueError("recipe has no prompt; add one")
         if not isinstance(values.get("attention", []), list):
@@ -178,7 +186,9 @@ def _check_text(name: str, value: object, longest: int) -> None:
 
 def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise TypeError(f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}")
+        raise TypeError(
+            f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}"
+        )
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} is out of range: got {value}, need {low} to {high}")
 
@@ -191,7 +201,9 @@ def _check_side(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a whole number of pixels, got {value!r}")
     if not low <= value <= high or value % 8:
         near = min(max(round(value / 8) * 8, low), high)
-        raise ValueError(f"{name} does not work: got {value} pixels, need a multiple of 8 from {low} to {high}; try {near}")
+        raise ValueError(
+            f"{name} does not work: got {value} pixels, need a multiple of 8 from {low} to {high}; try {near}"
+        )
 
 
 def _complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
@@ -207,14 +219,21 @@ def _complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
         settings = dict(entry)
         name = settings.pop("name", None)
         if not isinstance(name, str) or name not in ATTN_PROCESSORS:
-            raise ValueError(f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them")
+            raise ValueError(
+                f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them"
+            )
         complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
     return tuple(complete)
 
 
 def _words(entry: Mapping[str, Any]) -> str:
-    """The pairs of one attention as on the command line."""
-    return " ".join([entry["name"], *(f"{key}={value}" for key, value in entry.items() if key != "name")])
+    """One attention as on the command line: its name and the settings that differ from its defaults."""
+    from ..attn_processors import ATTN_PROCESSORS
+
+    usual = ATTN_PROCESSORS[entry["name"]].from_settings({}).settings()
+    return " ".join(
+        [entry["name"], *(f"{key}={value}" for key, value in entry.items() if key != "name" and value != usual[key])]
+    )
 
 
 def _quoted(value: str) -> str:
@@ -226,11 +245,15 @@ def _file_text(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(FILE_SIZE + 1)
     if len(content) > FILE_SIZE:
-        raise ValueError(f"{path} is too big for a recipe: over {FILE_SIZE} bytes; give a PNG or JSON file that reattend wrote")
+        raise ValueError(
+            f"{path} is too big for a recipe: over {FILE_SIZE} bytes; give a PNG or JSON file that reattend wrote"
+        )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} holds no recipe: it is neither PNG nor text; give a file that reattend wrote") from None
+        raise ValueError(
+            f"{path} holds no recipe: it is neither PNG nor text; give a file that reattend wrote"
+        ) from None
 
 
 def _png_text(path: Path) -> str:
@@ -243,5 +266,7 @@ def _png_text(path: Path) -> str:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is a broken PNG ({error}); give a file that reattend wrote") from None
     if not isinstance(text, str):
-        raise ValueError(f"{path} holds no recipe: this PNG was not made by reattend, or its text was removed on the way")
+        raise ValueError(
+            f"{path} holds no recipe: this PNG was not made by reattend, or its text was removed on the way"
+        )
     return text

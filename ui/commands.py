@@ -1,4 +1,4 @@
-"""The commands behind `reattend`: one frozen dataclass each, whose fields are its options and whose `run` does the work.
+"""The commands behind `reattend`: frozen dataclasses whose fields are the options and whose `run` does the work.
 
 Everything heavy is imported inside `run`, so that `reattend --help` answers at once. Defaults come from `Recipe`; an
 option that is not given leaves the recipe's value alone, which is what lets `--recipe` and single options combine.
@@ -79,7 +79,9 @@ class Image:
     seed: Annotated[int | None, WHOLE, _default("drawn, and told")] = None
     """The only source of chance."""
     attention: Annotated[
-        tuple[tuple[str, ...], ...], UseAppendAction, arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: stock; repeatable)")
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: stock; repeatable)"),
     ] = ()
     """Attention to use in place of the stock one, for example: --attention agent ratio=0.4"""
     out: Path = OUT
@@ -92,13 +94,15 @@ class Image:
     """Print one JSON object on stdout."""
 
     def run(self) -> None:
-        """Make the picture. Raises ValueError or TypeError for bad input, before anything is computed where possible."""
+        """Make the picture. Raises ValueError or TypeError for bad input, as early as possible."""
         from ..pipelines.files import check_writable, free_path
 
         recipe = self.to_recipe()
         named = self.out.suffix != ""
         if named and self.out.suffix.lower() != ".png":
-            raise ValueError(f"--out {self.out} is no PNG file: pictures are written as PNG; give a name ending in .png, or a folder")
+            raise ValueError(
+                f"--out {self.out} is no PNG file: pictures are written as PNG; give a name ending in .png, or a folder"
+            )
         check_writable(self.out)
         began = time.monotonic()
         from ..pipelines.image import generate
@@ -126,7 +130,9 @@ class Image:
         if self.recipe is not None:
             return replace(Recipe.read(self.recipe), **given)
         if "prompt" not in given:
-            raise ValueError('no prompt was given: say what the picture shows, as in reattend image "a blue car on sand"')
+            raise ValueError(
+                'no prompt was given: say what the picture shows, as in reattend image "a blue car on sand"'
+            )
         return Recipe(**given)
 
 
@@ -149,6 +155,8 @@ class Doctor:
 class Ui:
     """Open the page in a browser. Only this machine can reach it unless --share or --host say otherwise."""
 
+    model: Annotated[str | None, TEXT, _default("the bundled ones")] = None
+    """Local diffusers folder or hub id to offer besides the bundled models."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs --password."""
     port: Annotated[int | None, WHOLE, _default("the first free one from 7860")] = None
@@ -159,13 +167,16 @@ class Ui:
     """What visitors must type."""
     out: Path = OUT
     """Folder for pictures; the only one the page can read."""
-    browser: bool = True
+    no_browser: bool = False
     """Do not open a browser window."""
 
     def run(self) -> None:
         from .page import launch
 
-        launch(host=self.host, port=self.port, share=self.share, password=self.password, out=self.out, open_browser=self.browser)
+        launch(
+            model=self.model, host=self.host, port=self.port, share=self.share, password=self.password, out=self.out,
+            open_browser=not self.no_browser,
+        )  # fmt: skip
 
 
 Command = (
@@ -178,8 +189,8 @@ def _attention(name: str = "", *pairs: str) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
             raise ValueError(
-                f"--attention {name} cannot read {pair!r}: settings are written key=value, as in --attention agent ratio=0.4, "
-                "and the prompt comes before --attention"
+                f"--attention {name} cannot read {pair!r}: settings are written key=value, "
+                "as in --attention agent ratio=0.4, and the prompt comes before --attention"
             )
     return {"name": name, **dict(pair.split("=", 1) for pair in pairs)}
 

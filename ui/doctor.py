@@ -1,13 +1,14 @@
 """What works on this machine, found out by trying it.
 
-Versions, devices, the attention backends of diffusers (each one gets a tiny call on the device that pipelines would use),
-the bundled models, and what to install for the rest.
+Versions, devices, the attention backends of diffusers (each one gets a tiny call on the device that pipelines would
+use), the bundled models, and what to install for the rest.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import textwrap
 import warnings
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ["examine", "table"]
 PACKAGES = ("reattend", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 EXTRAS = {"gradio": "ui", "imageio": "video", "torchmetrics": "metrics", "tensorboard": "train"}
 GIB = 2**30
+WIDTH = 100  # of wrapped text in the table
 
 
 def examine() -> dict[str, Any]:
@@ -71,12 +73,23 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"  {name:<14}{text}" for name, text in found["devices"].items()]
     lines += ["", f"Attention backends, tried on {found['device']}"]
     lines += [f"  works         {', '.join(name for name, state in backends.items() if state == 'works')}"]
-    lines += [f"  no            {name}: {state}" for name, state in backends.items() if state != "works"]
+    lines += ["  do not work:", *_grouped({name: state for name, state in backends.items() if state != "works"})]
     lines += ["", "Bundled models"]
     lines += [f"  {name:<14}{size:.1f} MB" for name, size in found["models"].items()] or ["  none in this install"]
     if found["install"]:
         lines += ["", "To install for the rest", *(f"  {line}" for line in found["install"])]
     return "\n".join(lines)
+
+
+def _grouped(reasons: dict[str, str]) -> list[str]:
+    """Two lines for each reason: the names it holds for, and the reason itself without the name."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason.replace(f"'{name}' ", ""), []).append(name)
+    pairs = [(textwrap.wrap(", ".join(names), WIDTH), textwrap.wrap(reason, WIDTH)) for reason, names in groups.items()]
+    return [
+        line for names, reason in pairs for line in (*(f"    {n}" for n in names), *(f"        {r}" for r in reason))
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from reattend.pipelines.files import check_writable, free_path, written_whole
+
+
+def test_files_appear_together_at_the_end(tmp_path):
+    one, two = tmp_path / "deep" / "one", tmp_path / "deep" / "two"
+    with written_whole(one, two) as asides:
+        for aside in asides:
+            aside.write_text("whole")
+        assert not one.exists()
+        assert not two.exists()
+    assert one.read_text() == two.read_text() == "whole"
+    assert len(list(one.parent.iterdir())) == 2
+
+
+def fail_after(write):
+    write("half")
+    raise ZeroDivisionError
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "one", tmp_path / "two") as asides:
+        fail_after(asides[0].write_text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_a_folder_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, not a folder"):
+        check_writable(tmp_path / "file" / "car.png")
+    with pytest.raises(ValueError, match="cannot write"), written_whole(tmp_path / "file" / "car.png"):
+        pass
+    with pytest.raises(ValueError, match="it is a folder"), written_whole(tmp_path):
+        pass
+    check_writable(tmp_path / "not" / "yet" / "there.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_told(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="no permission"):
+        check_writable(tmp_path / "car.png")
+
+
+def test_free_path_names_after_the_text_and_never_takes_a_name_twice(tmp_path):
+    first = free_path(tmp_path, "A blue car, on sand! 7", ".png")
+    assert first.name == "a-blue-car-on-sand-7.png"
+    first.touch()
+    assert free_path(tmp_path, "A blue car, on sand! 7", ".png").name == "a-blue-car-on-sand-7-2.png"
+    assert free_path(tmp_path, "猫/../..", ".png") == tmp_path / "picture.png"
+    assert len(free_path(tmp_path, "x" * 500, ".png").stem) == 48
