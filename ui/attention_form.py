@@ -1,0 +1,117 @@
+"""The settings of an attention as form fields, in plain words, made from the processor class itself.
+
+Every dataclass field of a class in `ATTN_PROCESSORS` becomes one field, so a new setting needs no change here; `WORDS`
+only gives well-known ones a plainer label, and `FIRST` names those that most people want. Knows nothing of Gradio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+STOCK = "stock"  # the choice that installs nothing
+
+METHOD_WORDS: dict[str, str] = {
+    STOCK: "As the model was made (stock)",
+    "agent": "Agent attention: faster on large pictures (agent)",
+}
+
+FIRST: dict[str, tuple[str, ...]] = {"agent": ("ratio", "levels")}  # shown at once; the others unfold
+
+WORDS: dict[str, tuple[str, str]] = {
+    # setting: (label, hint)
+    "preset": ("Starting point", "Schedule the other settings change"),
+    "phases": ("A schedule of your own", "In place of the starting point"),
+    "ratio": ("How much is merged", "Share of the picture's tokens, 0 up to 1; more is faster and coarser"),
+    "agent_ratio": ("How few go-betweens", "Share of tokens that are no agents, 0 up to 1; 0 is without agents"),
+    "p": ("How sharply go-betweens are chosen", "Exponent of the scale; smaller is sharper"),
+    "c": ("How much detail goes straight through", "Weight of a token's own value"),
+    "levels": ("How deep it reaches", "Resolutions of the model, counted from the finest"),
+    "destinations": ("Which tokens stay put", "fixed: the centre of each cell; random: any"),
+    "seed": ("Seed of the random tokens", "Its own; leaves the picture's seed alone"),
+    "fp32_logits": ("Weights in full precision", "For models that give black pictures in half precision"),
+    "on_mismatch": ("If the picture's size does not fit", "raise: say so; stock: the model's own attention there"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of the form.
+
+    Attributes:
+        name: the dataclass field.
+        kind: "flag" (bool), "choice" (one of `choices`), "number" (a whole number that must be there) or "text"
+            (anything else; the class itself reads it).
+        label: what it is, in plain words.
+        hint: more about it, with its name.
+        default: the class's default, as the form shows it.
+        optional: whether the field may be empty, which means None.
+    """
+
+    name: str
+    kind: Literal["flag", "choice", "number", "text"]
+    label: str
+    hint: str
+    default: Any
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+
+    def shown(self, value: Any) -> Any:
+        """A value of the setting as the form shows it."""
+        return as_text(value) if self.kind == "text" else value
+
+    def read(self, value: Any) -> Any:
+        """What the form holds as a value that the class's `from_settings` reads.
+
+        Raises:
+            ValueError: an empty field that must not be empty.
+        """
+        if value is None or str(value).strip() == "":
+            if self.optional:
+                return None
+            default = self.default if self.kind == "number" else repr(self.default)
+            raise ValueError(
+                f'The field "{self.label}" ({self.name}) is empty; give a value, such as the default {default}.'
+            )
+        return int(value) if self.kind == "number" and float(value).is_integer() else value
+
+
+def settings_of(method: type) -> tuple[Setting, ...]:
+    """The form fields of a processor class: its own settings first, what all classes share last."""
+    hints = typing.get_type_hints(method)
+    fields = [f for f in dataclasses.fields(method) if f.init]
+    fields.sort(key=lambda f: f.name not in vars(method).get("__annotations__", {}))
+    return tuple(_setting(f.name, hints[f.name], _default(f)) for f in fields)
+
+
+def as_text(value: Any) -> str:
+    """A value as it can be typed: (0, 1) is "(0, 1)", None is empty."""
+    return "" if value is None else str(value)
+
+
+def method_label(name: str) -> str:
+    return METHOD_WORDS.get(name, name)
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+
+
+def _setting(name: str, hint: Any, default: Any) -> Setting:
+    label, words = WORDS.get(name, (name.replace("_", " ").capitalize(), "Technical name"))
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    optional = type(None) in options
+    kinds = tuple(o for o in options if o is not type(None))
+    common = {"name": name, "label": label, "hint": f"{words} ({name})", "optional": optional}
+    if kinds == (bool,):
+        return Setting(kind="flag", default=bool(default), **common)
+    if len(kinds) == 1 and typing.get_origin(kinds[0]) is Literal:
+        return Setting(kind="choice", default=default, choices=typing.get_args(kinds[0]), **common)
+    if kinds == (int,) and not optional:
+        return Setting(kind="number", default=default, **common)
+    return Setting(kind="text", default=as_text(default), **common)

@@ -1,0 +1,234 @@
+"""The image job behind the page: form -> recipe -> picture -> what the page shows. Plain functions, no Gradio.
+
+`read_form` and `fill_form` are the two directions between the form and a `Recipe`; `ImageJob` is the work of the worker
+thread; `make_image` is what happens after Generate: it yields one `View` after another until the run has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+from ..attn_processors import ATTN_PROCESSORS
+from ..pipelines.events import CancelToken, StepEvent
+from ..pipelines.files import free_path
+from ..pipelines.image import generate, preview
+from ..pipelines.load import load
+from ..pipelines.recipe import Recipe
+from .attention_form import STOCK, as_text, settings_of
+from .jobs import Made, Progress, Session, one_line
+
+FIELDS = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype", "attention")
+PREVIEW_SHARE = 0.2  # previews may take this share of the time
+UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new happens
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows at one moment. `picture` is a file or a preview; None leaves the one that is there."""
+
+    message: str
+    tone: Literal["info", "good", "bad"] = "info"
+    busy: bool = False
+    fraction: float | None = None
+    picture: Path | Image.Image | None = None
+    made: Made | None = None
+
+
+class Previewer:
+    """Previews that take at most PREVIEW_SHARE of a run: after one of t seconds, none for t / PREVIEW_SHARE."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._next = 0.0
+
+    def __call__(self, latents: Tensor | None) -> Image.Image | None:
+        start = time.monotonic()
+        if latents is None or latents.ndim != 4 or start < self._next:  # packed latents (B, tokens, C) cannot be shown
+            return None
+        image = preview(latents, self._pipe)
+        end = time.monotonic()
+        self._next = end + (end - start) / PREVIEW_SHARE
+        return image
+
+
+class ImageJob:
+    """Makes pictures into one folder and keeps the model it used last. Only the worker thread may call it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._loaded: tuple[tuple[str, str | None], Any] | None = None  # (model, number format), pipeline
+
+    def __call__(self, recipe: Recipe, token: CancelToken, report: Callable[[Progress], None]) -> Made:
+        start = time.monotonic()
+        pipe = self._pipe(recipe.model, recipe.dtype, report)
+        token.check()
+        show = Previewer(pipe)
+
+        def on_step(event: StepEvent) -> None:
+            image = show(event.latents) if event.step < event.steps else None
+            report(Progress("Drawing", event.step, event.steps, event.eta, image))
+
+        report(Progress("Reading the prompt"))
+        picture = generate(recipe, pipe=pipe, on_step=on_step, cancel=token)
+        file, recipe_file = picture.recipe.save(picture.image, free_path(self.out, recipe.prompt, ".png"))
+        return Made(file, recipe_file, picture.recipe, time.monotonic() - start)
+
+    def _pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
+        if self._loaded is None or self._loaded[0] != (model, dtype):
+            report(Progress(f"Loading the model {model}"))
+            self._loaded = None  # frees the last one first: two large models may not fit
+            self._loaded = ((model, dtype), load(model, dtype=dtype))
+        return self._loaded[1]
+
+
+def make_image(session: Session, form: Mapping[str, Any], models: Sequence[str]) -> Iterator[View]:
+    """After Generate: submit the form's recipe, yield views until the run has ended. Closing the iterator stops it."""
+    try:
+        run = session.start(read_form(form, models))
+    except (ValueError, TypeError) as error:
+        yield View(one_line(error), "bad", busy=session.busy)
+        return
+    try:
+        yield View("Starting", busy=True)
+        for progress, age in run.updates(UPDATE_EVERY):
+            if progress is None:
+                yield View(waiting_line(session.worker.ahead(run)), busy=True)
+                continue
+            line = "Stopping" if run.token.requested else progress.line(age)
+            yield View(line, busy=True, fraction=progress.fraction, picture=progress.preview)
+    finally:
+        session.worker.stop(run)  # does nothing to a run that has ended
+    outcome = run.outcome
+    if outcome.made is None:
+        yield View(
+            outcome.text, "info" if outcome.state == "stopped" else "bad", picture=session.shown and session.shown.file
+        )
+        return
+    session.keep(outcome.made)
+    yield View(
+        f"{outcome.text} Seed {outcome.made.recipe.seed}.",
+        "good",
+        picture=outcome.made.file,
+        made=outcome.made,
+    )
+
+
+def waiting_line(ahead: int) -> str:
+    if ahead == 0:
+        return "Starting"
+    return f"Waiting: {ahead} other {'picture comes' if ahead == 1 else 'pictures come'} first"
+
+
+def read_form(form: Mapping[str, Any], models: Sequence[str]) -> Recipe:
+    """The recipe the form asks for. Empty size, guidance and seed mean: the model's own, and a seed drawn now.
+
+    Args:
+        form: FIELDS, and for each setting of the chosen attention an entry "name.setting".
+        models: the models this page offers.
+
+    Raises:
+        ValueError, TypeError: one sentence about the first field that cannot be used.
+    """
+    prompt = (form["prompt"] or "").strip()
+    if not prompt:
+        raise ValueError("The prompt is empty; say what the picture should show.")
+    check_model(form["model"], models)
+    return Recipe(
+        prompt=prompt,
+        negative=(form["negative"] or "").strip(),
+        model=form["model"],
+        width=whole("width", form["width"]),
+        height=whole("height", form["height"]),
+        steps=whole("number of steps", form["steps"]),
+        guidance=number("guidance", form["guidance"]),
+        seed=whole("seed", form["seed"]),
+        dtype=form["dtype"] or None,
+        attention=read_attention(form),
+    )
+
+
+def read_attention(form: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The chosen attention with its settings as a recipe holds it; empty for the stock one. Raises ValueError."""
+    name = form["attention"]
+    if name == STOCK:
+        return ()
+    if name not in ATTN_PROCESSORS:
+        raise ValueError(f"There is no attention called {name!r}; choose one of {', '.join(ATTN_PROCESSORS)}.")
+    return ({"name": name} | {s.name: s.read(form[f"{name}.{s.name}"]) for s in settings_of(ATTN_PROCESSORS[name])},)
+
+
+def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
+    """The form that asks for this recipe: every field of FIELDS and of the recipe's attention.
+
+    Raises:
+        ValueError, TypeError: the recipe asks for what this page cannot do.
+    """
+    check_model(recipe.model, models)
+    if len(recipe.attention) > 1:
+        raise ValueError(
+            f"The recipe combines {len(recipe.attention)} attentions and this page can hold one; "
+            "use it on the command line: reattend image --recipe."
+        )
+    form = {name: getattr(recipe, name) for name in ("prompt", "negative", "model", "steps")}
+    form |= {name: as_text(getattr(recipe, name)) for name in ("width", "height", "guidance", "seed", "dtype")}
+    form["attention"] = STOCK
+    for entry in recipe.attention:
+        name = form["attention"] = entry["name"]
+        form |= {f"{name}.{s.name}": s.shown(entry[s.name]) for s in settings_of(ATTN_PROCESSORS[name])}
+    return form
+
+
+def load_recipe(path: Path, models: Sequence[str]) -> tuple[dict[str, Any], View]:
+    """Read a recipe from a picture or JSON file; the form's fields (none if it cannot be used) and what to say."""
+    try:
+        form = fill_form(Recipe.read(path), models)
+    except (ValueError, TypeError, OSError) as error:
+        return {}, View(
+            one_line(error).replace(str(path), path.name), "bad"
+        )  # the server's own path is nobody's business
+    return form, View("Recipe loaded. Press Generate to make the picture again.", "good")
+
+
+def check_model(model: Any, models: Sequence[str]) -> None:
+    if model not in models:
+        raise ValueError(
+            f"This page does not offer the model {model!r}, only {', '.join(models)}; "
+            f"to use it, start the page with --model {model}."
+        )
+
+
+def number(what: str, value: Any) -> float | None:
+    """A form field as a number; None when it is empty. Raises ValueError."""
+    text = "" if value is None else str(value).strip()
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(
+            f"The {what} must be a number, got {text[:40]!r}; type one such as 7.5, or leave the field empty."
+        ) from None
+
+
+def whole(what: str, value: Any) -> int | None:
+    """A form field as a whole number; None when it is empty. Raises ValueError."""
+    text = "" if value is None else str(value).strip()
+    try:
+        return int(text) if text else None
+    except ValueError:
+        raise ValueError(
+            f"The {what} must be a whole number, got {text[:40]!r}; type digits, or leave the field empty."
+        ) from None
+
+
+def summary(recipe: Recipe) -> str:
+    """A recipe's facts in one line."""
+    size = f"{recipe.width} × {recipe.height}" if recipe.width and recipe.height else "model's own size"
+    attention = ", ".join(entry["name"] for entry in recipe.attention) or STOCK
+    guidance = "" if recipe.guidance is None else f", guidance {recipe.guidance:g}"
+    return f"{recipe.model}, {size}, {recipe.steps} steps{guidance}, {attention} attention, seed {recipe.seed}"
