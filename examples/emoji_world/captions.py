@@ -1,0 +1,51 @@
+"""The tokenizer and the text encoder of the bundled models: a CLIP of the usual kind that reads the emoji world.
+
+Byte-pair merges are learned from captions, so every word of the world is one token and other text still has tokens.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from . import world
+
+MAX_LENGTH = 32  # tokens with start and end; the longest caption of the world has 17
+WIDTH = 128
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE with the merges that spell the words of the world."""
+    words = sorted({*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"})
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>", show_progress=False,
+    )  # fmt: skip
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    learner.train_from_iterator([" ".join(words)], trainer)
+    learned = learner.to_str()
+    merges = [tuple(pair) for pair in json.loads(learned)["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two causal layers: a kind's token sees its tint, the last token sees the whole caption."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH, hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
+    """Padded token ids, shape (len(captions), MAX_LENGTH), as StableDiffusionPipeline makes them."""
+    return tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np").input_ids
