@@ -20,13 +20,13 @@ if __name__ != "reattend.attn_processors":
 
 if TYPE_CHECKING:
     from .agent import AgentAttnProcessor
+    from .binding import pluggable
     from .compat import BackendUnavailable
     from .context import Context
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, Report, install, installed
     from .layer import LayerCall, LayoutError
     from .method import AttnMethod, LayerInfo
-    from .binding import pluggable
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 

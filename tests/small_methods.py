@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from reattend.attn_processors import AttnMethod, LayerCall, LayerInfo
 from torch import Tensor, nn
+
+from reattend.attn_processors import AttnMethod, LayerCall, LayerInfo
 
 
 @dataclass(frozen=True, kw_only=True)

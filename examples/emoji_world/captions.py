@@ -37,15 +37,16 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two causal layers: a kind's token sees its tint, the last token sees the whole caption."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH, hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-    )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH, hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
     """Padded token ids, shape (len(captions), MAX_LENGTH), as StableDiffusionPipeline makes them."""
-    return tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np"
+    ).input_ids

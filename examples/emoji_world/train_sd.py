@@ -18,7 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor
 
@@ -65,7 +71,9 @@ def sample_close_up(rng: np.random.Generator) -> world.Scene:
     """One sprite of any of the usual sides on a picture of CLOSE_UP lattice steps."""
     side = int(rng.choice(list(world.SIDES.values())))
     x, y = (rng.integers(CLOSE_UP - side + 1, size=2) + side / 2) / CLOSE_UP
-    sprite = world.Sprite(str(rng.choice(world.KINDS)), str(rng.choice(list(world.TINTS))), float(x), float(y), side / CLOSE_UP)
+    sprite = world.Sprite(
+        str(rng.choice(world.KINDS)), str(rng.choice(list(world.TINTS))), float(x), float(y), side / CLOSE_UP
+    )
     return world.Scene(str(rng.choice(list(world.BACKGROUNDS))), (sprite,), light=float(rng.uniform(-1, 1)))
 
 
@@ -107,7 +115,9 @@ def learnable(scene: world.Scene) -> bool:
     return False
 
 
-def loss_of(unet: UNet2DConditionModel, noising: DDPMScheduler, latents: Tensor, text: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def loss_of(
+    unet: UNet2DConditionModel, noising: DDPMScheduler, latents: Tensor, text: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
     """Mean square error of v, weighted by min(SNR, 5) / (SNR + 1)."""
     noisy = noising.add_noise(latents, noise, t)
     error = unet(noisy, t, text).sample - noising.get_velocity(latents, noise, t)
@@ -195,7 +205,11 @@ class Trainer:
 
             losses.append(loss.item())
             if (step + 1) % 50 == 0:
-                row = {"step": step + 1, "loss": round(float(np.mean(losses)), 5), "seconds": round(time.monotonic() - start, 1)}
+                row = {
+                    "step": step + 1,
+                    "loss": round(float(np.mean(losses)), 5),
+                    "seconds": round(time.monotonic() - start, 1),
+                }
                 losses.clear()
                 print(row, flush=True)
                 with open(config.out / "log.jsonl", "a") as log:

@@ -179,7 +179,10 @@ def _place(rng: np.random.Generator, sides: list[int], columns: int, rows: int) 
             (x, y)
             for x in range(columns - side + 1)
             for y in range(rows - side + 1)
-            if all(x + side <= a or a + s <= x or y + side <= b or b + s <= y for (a, b), s in zip(corners, sides, strict=False))
+            if all(
+                x + side <= a or a + s <= x or y + side <= b or b + s <= y
+                for (a, b), s in zip(corners, sides, strict=False)
+            )
         ]
         if not free:
             return None
@@ -208,7 +211,14 @@ def sample_scene(rng: np.random.Generator, count: int | None = None, aspect: flo
         if look not in looks:
             looks.append(look)
     sprites = tuple(
-        Sprite(kind, tint, (x + side / 2) / columns, (y + side / 2) / rows, side / LATTICE, named=bool(rng.random() < NAMED_TINT))
+        Sprite(
+            kind,
+            tint,
+            (x + side / 2) / columns,
+            (y + side / 2) / rows,
+            side / LATTICE,
+            named=bool(rng.random() < NAMED_TINT),
+        )
         for (kind, tint), (x, y), side in zip(looks, corners, sides, strict=True)
     )
     return Scene(str(rng.choice(list(BACKGROUNDS))), sprites, light=float(rng.uniform(-1, 1)))

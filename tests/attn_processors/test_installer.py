@@ -10,6 +10,8 @@ import pickle
 import pytest
 import tiny
 import torch
+from small_methods import Exact, Halves, Patching, RowMeans, Sharper
+
 from reattend.attn_processors import (
     ATTN_PROCESSORS,
     AttnMethod,
@@ -19,7 +21,6 @@ from reattend.attn_processors import (
     installed,
     pluggable,
 )
-from small_methods import Exact, Halves, Patching, RowMeans, Sharper
 
 
 def processors(model):
