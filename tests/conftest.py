@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of diffusers or transfor
 os.environ["DIFFUSERS_ATTN_CHECKS"] = "1"
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest

@@ -2,9 +2,9 @@
 
 Run: python -m reattend.emoji_world.train_vae --out runs/vae --steps 1800
 
-It goes on from the folder if that holds a state. Loss: L1 + MSE on crops picked for content, L1 on coarse averages, a small L2 on the latents
-in place of a KL term, and noise on the latents, so that nearby latents decode to nearly the same picture. Scenes are
-drawn at 128 and at 256 px.
+It goes on from the folder if that holds a state. Loss: L1 + MSE on crops picked for content, L1 on coarse averages, a
+small L2 on the latents in place of a KL term, and noise on the latents, so that nearby latents decode to nearly the same
+picture. Scenes are drawn at 128 and at 256 px.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
