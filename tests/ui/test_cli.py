@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from reattend.pipelines import Recipe
@@ -118,6 +119,36 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, capsys, argv
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert re.search(words, err)
+    assert files(tmp_path) == []
+
+
+def hinder_slicing(pipe):
+    pipe.enable_attention_slicing()
+
+
+def hinder_layers(pipe):
+    pipe.unet = tiny.unet(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type="UNetMidBlock2D"
+    )
+
+
+def hinder_family(pipe):
+    pipe.unet = tiny.vae()
+
+
+@pytest.mark.parametrize(
+    ("hinder", "words"),
+    [
+        (hinder_slicing, "cannot take ours"),
+        (hinder_layers, "no layer for 'agent'"),
+        (hinder_family, "AutoencoderKL is not supported yet; supported are UNet2DConditionModel"),
+    ],
+)
+def test_a_model_that_cannot_take_the_attention_ends_with_exit_code_2(tmp_path, capsys, monkeypatch, sd, hinder, words):
+    hinder(sd)
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "_from_folder", lambda *given: sd)
+    assert main(["image", "a cat", *QUICK, "--attention", "agent"]) == 2
+    assert words in capsys.readouterr().err
     assert files(tmp_path) == []
 
 
