@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
@@ -82,7 +83,7 @@ def crops(rng: np.random.Generator, config: VaeConfig) -> Tensor:
         scene = world.sample_scene(rng)
         if rng.random() < 0.5:
             jitter = [
-                world.moved(s, *rng.normal(0, 0.03, 2).tolist(), rng.uniform(0.7, 1.3), rng.uniform(-20, 20))
+                world.moved(s, rng.normal(0, 0.03), rng.normal(0, 0.03), rng.uniform(0.7, 1.3), rng.uniform(-20, 20))
                 for s in scene.sprites
             ]
             scene = world.Scene(scene.background, tuple(jitter), scene.light)
