@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
