@@ -1,0 +1,326 @@
+"""How well a model follows captions of the emoji world, stock and with other attention, on the same captions and seeds.
+
+Every arm makes the same pictures from held-out captions; the reader (`read.py`) says what they show. Readings go to
+`results.jsonl`, one line per picture and arm, as soon as a batch is done, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..attn_processors import ATTN_PROCESSORS, installed
+from ..pipelines.files import written_whole
+from ..pipelines.load import load
+from .rates import Difference, Rate, difference, rate
+from .read import Score, read, score
+from .world import sample_captions
+
+__all__ = ["MEASURES", "Arm", "Evaluation", "evaluate", "tomesd_arm"]
+
+FORMAT = "reattend evaluation 1"
+SHOWN = 10  # pictures per arm on the contact sheet
+# Words of the table -> counts of right answers and of questions for one picture.
+MEASURES: dict[str, Callable[[Score], tuple[int, int]]] = {
+    "kinds (pictures)": lambda s: (int(s.kinds), 1),
+    "kinds (sprites)": lambda s: (s.sprites_right, s.sprites),
+    "named tints": lambda s: (s.tints_right, s.named),
+    "background": lambda s: (int(s.background), 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to run the model."""
+
+    name: str  # letters, digits, dot, dash, underscore; names its pictures
+    attention: tuple[dict[str, Any], ...] = ()  # as in `Recipe.attention`; () is stock
+    patch: Callable[[Any], contextlib.AbstractContextManager] | None = field(default=None, repr=False)
+    # another library's way: given the pipeline, a context manager that changes it and puts it back
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"arm name {self.name!r}: need letters, digits, dots, dashes and underscores; rename it")
+        for entry in self.attention:
+            if entry.get("name") not in ATTN_PROCESSORS:
+                names = ", ".join(ATTN_PROCESSORS)
+                raise ValueError(f"arm {self.name!r}: no attention {entry.get('name')!r}; there are {names}")
+
+    @contextlib.contextmanager
+    def inside(self, pipe: Any) -> Iterator[None]:
+        """The pipeline as this arm wants it. Entered anew for each batch, so that no random state runs on."""
+        methods = [
+            ATTN_PROCESSORS[entry["name"]].from_settings({key: entry[key] for key in entry if key != "name"})
+            for entry in self.attention
+        ]
+        with contextlib.ExitStack() as stack:
+            if methods:
+                stack.enter_context(installed(pipe, methods))
+            if self.patch:
+                stack.enter_context(self.patch(pipe))
+            yield
+
+
+def tomesd_arm(ratio: float) -> Arm:
+    """Token merging as the package tomesd does it, with its own defaults and the same random choices in every batch."""
+
+    @contextlib.contextmanager
+    def patch(pipe: Any) -> Iterator[None]:
+        import tomesd
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # tomesd starts its generator from torch's
+            tomesd.apply_patch(pipe, ratio=ratio)
+            try:
+                yield
+            finally:
+                tomesd.remove_patch(pipe)
+
+    return Arm(name=f"tomesd-{ratio:g}", patch=patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Rates of every arm and their differences to the first one; prints as a table."""
+
+    settings: dict[str, Any]  # what the pictures depend on
+    about: dict[str, Any]  # device, versions, command
+    samples: int
+    rates: dict[str, dict[str, Rate]]  # arm -> measure -> rate
+    differences: dict[str, dict[str, Difference]]  # arm -> measure -> difference to the first arm
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        first = next(iter(self.rates))
+        rows = [["arm", *MEASURES]]
+        rows += [[arm, *map(str, rates.values())] for arm, rates in self.rates.items()]
+        rows += [[f"{arm} - {first}", *map(str, found.values())] for arm, found in self.differences.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        title = (
+            f"{self.samples} held-out captions, {self.settings['steps']} steps; 95 % intervals; differences in points"
+        )
+        return "\n".join([title, *lines])
+
+
+def evaluate(
+    model: Any,
+    arms: Sequence[Arm],
+    *,
+    out: Path,
+    samples: int = 500,
+    steps: int = 20,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int = 20,
+    command: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Make pictures with every arm and score them. Goes on from `out` if it holds results of the same settings.
+
+    Args:
+        model: a loaded pipeline that makes pictures from text, or what `load` takes.
+        arms: what to compare; the others are compared with the first. Names must differ.
+        out: folder of `results.jsonl`, `summary.json`, the first pictures of every arm and the sheet `contact.png`.
+        samples: held-out captions; picture i has the seed `seed + i`, in every arm. More can be added later.
+        steps: denoising steps.
+        guidance: classifier-free guidance; None is the pipeline's own default.
+        seed: chooses the captions and the pictures' noise.
+        batch: pictures per pipeline call; more = faster and more memory. Results depend on it by rounding only.
+        command: what repeats this run, for the summary.
+        on_progress: called with pictures done and in all, after every batch.
+
+    Raises:
+        ValueError: bad numbers, arms with the same name, or `out` holds results of other settings.
+    """
+    for name, value in (("samples", samples), ("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, need at least 1; give a positive number")
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"got arms {names}, need at least one and no name twice; give them different names")
+    pipe = load(model) if isinstance(model, (str, Path)) else model
+    out = Path(out)
+    settings = {
+        "arms": [{"name": arm.name, "attention": list(arm.attention)} for arm in arms],
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "model": _fingerprint(pipe),
+        "scheduler": _digest(
+            repr(sorted(pipe.scheduler.config.items(), key=str)).encode(), type(pipe.scheduler).__name__
+        ),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "reader": _reader_digest(),
+    }
+    results = _Results(out / "results.jsonl", settings)
+    captions = sample_captions(np.random.default_rng(seed), samples)
+    total = samples * len(arms)
+    for start in range(0, samples, batch):
+        for arm in arms:
+            missing = [i for i in range(start, min(start + batch, samples)) if (arm.name, i) not in results.scores]
+            if not missing:
+                continue
+            with arm.inside(pipe):
+                pictures = _generate(pipe, [captions[i] for i in missing], [seed + i for i in missing], steps, guidance)
+            for i, picture in zip(missing, pictures, strict=True):
+                if i < SHOWN:
+                    with written_whole(_picture_path(out, arm, i)) as (path,):
+                        picture.save(path, "PNG")
+            results.add(arm.name, {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)})
+            if on_progress:
+                done = sum(i < samples and name in names for name, i in results.scores)
+                on_progress(done, total)
+    evaluation = _summary(results, settings, names, samples, _about(pipe, command))
+    sheet = contact_sheet([[_picture_path(out, arm, i) for i in range(min(samples, SHOWN))] for arm in arms])
+    with written_whole(out / "summary.json", out / "contact.png") as (summary_path, sheet_path):
+        summary_path.write_text(evaluation.to_json() + "\n")
+        sheet.save(sheet_path, "PNG")
+    return evaluation
+
+
+def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
+    """Pictures in rows, one row per arm, so that eyes can compare what the table says."""
+    pictures = [[Image.open(path).convert("RGB") for path in row] for row in rows]
+    width, height = pictures[0][0].width + 4, pictures[0][0].height + 4
+    sheet = Image.new("RGB", (width * len(pictures[0]), height * len(pictures)), "white")
+    for y, row in enumerate(pictures):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width + 2, y * height + 2))
+    return sheet
+
+
+class _Results:
+    """The results file: a first line of settings, then one line per picture and arm."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.scores: dict[tuple[str, int], Score] = {}
+        header = {"format": FORMAT, **json.loads(json.dumps(settings))}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a last line without its end was interrupted
+        if not whole:
+            with written_whole(path) as (aside,):
+                aside.write_text(json.dumps(header) + "\n")
+            return
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            differing = [key for key in header if first.get(key) != header[key]]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a file of results ({error}); use another folder or delete it") from None
+        if differing:
+            raise ValueError(
+                f"{path} holds results of other settings ({', '.join(differing)} differ); use another folder or delete it"
+            )
+        if whole != text:
+            with written_whole(path) as (aside,):
+                aside.write_text(whole)
+        for line in lines:
+            self.scores[line["arm"], line["sample"]] = Score(**line["score"])
+
+    def add(self, arm: str, made: dict[int, tuple[str, Image.Image]]) -> None:
+        """Read and score pictures and append their lines at once."""
+        lines = []
+        for i, (caption, picture) in made.items():
+            reading = read(picture)
+            self.scores[arm, i] = found = score(reading, caption)
+            entry = {"arm": arm, "sample": i, "caption": caption, "score": asdict(found), "reading": asdict(reading)}
+            lines.append(json.dumps(entry) + "\n")
+        with self.path.open("a") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _generate(
+    pipe: Any, captions: list[str], seeds: list[int], steps: int, guidance: float | None
+) -> list[Image.Image]:
+    """One stock pipeline call; every picture has its own noise, whatever else is in the batch."""
+    chosen = {} if guidance is None else {"guidance_scale": guidance}
+    generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
+    pipe.set_progress_bar_config(disable=True)
+    values = pipe(captions, num_inference_steps=steps, generator=generators, output_type="np", **chosen).images
+    if not np.isfinite(values).all():
+        raise RuntimeError("the model computed pictures that are not numbers (NaN); load it with dtype='float32'")
+    return pipe.numpy_to_pil(values)
+
+
+def _summary(
+    results: _Results, settings: dict[str, Any], names: list[str], samples: int, about: dict[str, Any]
+) -> Evaluation:
+    counts = {  # arm -> measure -> (samples, 2): right and asked
+        arm: {
+            words: np.array([measure(results.scores[arm, i]) for i in range(samples)])
+            for words, measure in MEASURES.items()
+        }
+        for arm in names
+    }
+    first = counts[names[0]]
+    return Evaluation(
+        settings=settings,
+        about=about,
+        samples=samples,
+        rates={
+            arm: {words: rate(*(int(n) for n in table.sum(0))) for words, table in found.items()}
+            for arm, found in counts.items()
+        },
+        differences={
+            arm: {words: difference(found[words][:, 0], first[words][:, 0], first[words][:, 1]) for words in MEASURES}
+            for arm, found in list(counts.items())[1:]
+        },
+    )
+
+
+def _picture_path(out: Path, arm: Arm, i: int) -> Path:
+    return out / "pictures" / f"{arm.name}-{i:03}.png"
+
+
+def _digest(*parts: bytes | str) -> str:
+    digest = hashlib.blake2s()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+def _reader_digest() -> str:
+    """Changes with the reader, so that pictures read by two readers are never counted together."""
+    files = ("world.py", "sprites.png", "templates.py", "matching.py", "read.py")
+    return _digest(*(Path(__file__).with_name(name).read_bytes() for name in files))
+
+
+def _fingerprint(pipe: Any) -> str:
+    """Changes with the weights: sums of every parameter of every model in the pipeline."""
+    sums = [
+        (part, name, weight.double().sum().item(), weight.double().abs().sum().item())
+        for part, model in sorted(pipe.components.items())
+        if isinstance(model, torch.nn.Module)
+        for name, weight in model.named_parameters()
+    ]
+    return _digest(repr(sums))
+
+
+def _about(pipe: Any, command: str) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type
+    packages = ("reattend", "torch", "diffusers", "transformers", "numpy", "pillow")
+    return {
+        "command": command,
+        "model": str(pipe.config.get("_name_or_path", "")),
+        "pipeline": type(pipe).__name__,
+        "device": device,
+        "versions": {package: metadata.version(package) for package in packages},
+    }

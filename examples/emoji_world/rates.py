@@ -1,0 +1,80 @@
+"""Rates of right answers with their uncertainty, and differences between two arms that answered the same questions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Difference", "Rate", "difference", "rate"]
+
+Z = 1.959964  # two-sided 95 % of a normal distribution
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of right answers, with Wilson's 95 % interval; `value`, `low` and `high` are None where nothing was asked."""
+
+    right: int
+    asked: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "-"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a rate is than the first arm's, with its 95 % interval; None where nothing was asked."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "-"
+        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def rate(right: int, asked: int) -> Rate:
+    """Wilson's score interval (1927): inside [0, 1], and not empty at 0 or 100 %.
+
+    Several sprites of one picture are counted as if they were independent.
+    """
+    if not asked:
+        return Rate(0, 0, None, None, None)
+    p, z2 = right / asked, Z * Z
+    middle = (p + z2 / (2 * asked)) / (1 + z2 / asked)
+    reach = Z / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
+    return Rate(right, asked, p, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def difference(right: np.ndarray, base: np.ndarray, asked: np.ndarray) -> Difference:
+    """The difference of two rates over the same pictures, with the percentile interval of a paired bootstrap.
+
+    Whole pictures are drawn again, both arms together, so neither the sprites of a picture nor its two readings need to
+    be independent. The draws are fixed: the same numbers give the same interval.
+
+    Args:
+        right: right answers of the arm per picture, shape (n,).
+        base: right answers of the arm it is compared with, shape (n,).
+        asked: questions per picture, shape (n,).
+    """
+    right, base, asked = (np.asarray(counts, np.float64) for counts in (right, base, asked))
+    if not asked.sum():
+        return Difference(None, None, None)
+    n = len(asked)
+    rng = np.random.default_rng(0)
+    # how often each picture comes up in each resample
+    times = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    questions = times @ asked
+    drawn = (times @ (right - base))[questions > 0] / questions[questions > 0]
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Difference(float((right - base).sum() / asked.sum()), float(low), float(high))
