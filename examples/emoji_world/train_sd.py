@@ -63,7 +63,7 @@ def build_unet(latent_channels: int) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=captions.WIDTH,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 
@@ -179,7 +179,8 @@ class Trainer:
     def train(self) -> None:
         config = self.config
         config.out.mkdir(parents=True, exist_ok=True)
-        stage, scenes, latents, start, losses = "", [], torch.empty(0), time.monotonic(), []
+        stage, latents, start, losses = "", torch.empty(0), time.monotonic(), []
+        scenes: list[world.Scene] = []
         for step in range(self.done, config.steps):
             wanted = "close-ups" if step < config.close_up_steps else "scenes"
             if wanted != stage:

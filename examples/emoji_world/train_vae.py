@@ -51,7 +51,7 @@ def build_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=6,
+        norm_num_groups=1,  # more groups would forget the colours: each is normalised on its own
         mid_block_add_attention=False,
         sample_size=128,
     )
