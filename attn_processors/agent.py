@@ -142,7 +142,7 @@ class AgentAttnProcessor(AttnMethod):
     @property
     def schedule(self) -> tuple[Phase, ...]:
         """The phases that run: preset or `phases`, with the flat settings in place."""
-        return self._schedule
+        return self._schedule  # type: ignore[attr-defined]
 
     def wants(self, layer: LayerInfo) -> bool:
         """The layers of the `levels` highest resolutions."""
@@ -182,7 +182,7 @@ class AgentAttnProcessor(AttnMethod):
 
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         """Attention of one layer between merged tokens: (B, M, heads * head_dim); sets `call.unmerge` if M < N."""
-        now = self._schedule[phase]
+        now = self._schedule[phase]  # type: ignore[attr-defined]
         softmax = _in_fp32(call.softmax) if self.fp32_logits else call.softmax
         merged, agents = count_tokens(now, call.grid)
         if not (merged or agents):

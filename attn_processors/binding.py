@@ -32,8 +32,8 @@ def pluggable(target: Target) -> Target:
         model.set_attn_processor = partial(_set_on_model, model, PipelineRef(pipe))  # type: ignore[assignment]
         model.reset_attn_processor = partial(_reset, [model])  # type: ignore[assignment]
     if pipe is not None:
-        pipe.set_attn_processor = partial(_set_on_pipe, pipe)
-        pipe.reset_attn_processor = partial(_reset_pipe, pipe)
+        pipe.set_attn_processor = partial(_set_on_pipe, pipe)  # type: ignore[attr-defined]
+        pipe.reset_attn_processor = partial(_reset_pipe, pipe)  # type: ignore[attr-defined]
     return target
 
 

@@ -189,7 +189,14 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: links and settings, without what single calls left behind."""
-        passing = {"timestep": None, "slots": {}, "_schedule": None, "_values": [], "_position": None, "_last": 0}
+        passing: dict[str, Any] = {
+            "timestep": None,
+            "slots": {},
+            "_schedule": None,
+            "_values": [],
+            "_position": None,
+            "_last": 0,
+        }
         return self.__dict__ | passing
 
 

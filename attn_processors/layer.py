@@ -131,7 +131,9 @@ class LayerProcessor:
         level: int = 0,
         stock: Any = None,
     ):
-        self.method, self.context = method, context
+        # Both are None in a blank one only, which never gets to use them.
+        self.method: AttnMethod = method  # type: ignore[assignment]
+        self.context: Context = context  # type: ignore[assignment]
         self.name, self.level, self.stock = name, level, stock
         self.neutral = method is not None and method.neutral
         self.phase = 0  # written by the context between root calls, read inside compiled regions

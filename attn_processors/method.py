@@ -142,7 +142,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return None
     if origin is tuple and isinstance(value, (list, tuple)):
         return _coerce_tuple(value, args, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
@@ -192,4 +192,4 @@ def _literal(text: str) -> Any:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

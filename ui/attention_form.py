@@ -107,7 +107,7 @@ def _setting(name: str, hint: Any, default: Any) -> Setting:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     optional = type(None) in options
     kinds = tuple(o for o in options if o is not type(None))
-    common = {"name": name, "label": label, "hint": f"{words} ({name})", "optional": optional}
+    common: dict[str, Any] = {"name": name, "label": label, "hint": f"{words} ({name})", "optional": optional}
     if kinds == (bool,):
         return Setting(kind="flag", default=bool(default), **common)
     if len(kinds) == 1 and typing.get_origin(kinds[0]) is Literal:

@@ -75,7 +75,7 @@ class ImageJob:
             image = show(event.latents) if event.step < event.steps else None
             report(Progress("Drawing", event.step, event.steps, event.eta, image))
 
-        report(Progress("Reading the prompt"))
+        report(Progress("Working on the first step"))
         picture = generate(recipe, pipe=pipe, on_step=on_step, cancel=token)
         file, recipe_file = picture.recipe.save(picture.image, free_path(self.out, recipe.prompt, ".png"))
         return Made(file, recipe_file, picture.recipe, time.monotonic() - start)
@@ -106,9 +106,12 @@ def make_image(session: Session, form: Mapping[str, Any], models: Sequence[str])
     finally:
         session.worker.stop(run)  # does nothing to a run that has ended
     outcome = run.outcome
+    assert outcome is not None, "updates end with the outcome"
     if outcome.made is None:
         yield View(
-            outcome.text, "info" if outcome.state == "stopped" else "bad", picture=session.shown and session.shown.file
+            outcome.text,
+            "info" if outcome.state == "stopped" else "bad",
+            picture=session.shown.file if session.shown else None,
         )
         return
     session.keep(outcome.made)
@@ -146,7 +149,7 @@ def read_form(form: Mapping[str, Any], models: Sequence[str]) -> Recipe:
         model=form["model"],
         width=whole("width", form["width"]),
         height=whole("height", form["height"]),
-        steps=whole("number of steps", form["steps"]),
+        steps=whole("number of steps", form["steps"]),  # type: ignore[arg-type]  # Recipe refuses None
         guidance=number("guidance", form["guidance"]),
         seed=whole("seed", form["seed"]),
         dtype=form["dtype"] or None,

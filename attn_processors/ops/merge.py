@@ -190,7 +190,7 @@ def match_reference(x: Tensor, source: Tensor, destination: Tensor) -> Matching:
         nearest = [max(range(len(row)), key=row.__getitem__) for row in likeness]
         value = [row[index] for row, index in zip(likeness, nearest, strict=True)]
         best.append(nearest)
-        order.append(sorted(range(len(value)), key=lambda i, value=value: -value[i]))
+        order.append(sorted(range(len(value)), key=value.__getitem__, reverse=True))
     shape = (x.shape[0], source.shape[0])
     as_index = {"dtype": torch.int64, "device": x.device}
     return Matching(
