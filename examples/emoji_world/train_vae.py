@@ -33,6 +33,7 @@ class VaeConfig:
     """Training of the VAE."""
 
     out: Path = Path("runs/vae")  # folder of the state, the log and the finished weights
+    decoder_of: Path | None = None  # finished VAE whose decoder alone is trained on: its latents stay what they are
     steps: int = 1800  # optimiser steps in all
     batch: int = 16  # crops per step
     crop: int = 64  # side of a crop in pixels
@@ -110,8 +111,11 @@ def psnr(vae: AutoencoderKL, count: int = 32) -> float:
 def train(config: VaeConfig) -> AutoencoderKL:
     config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    vae = build_vae() if config.decoder_of is None else AutoencoderKL.from_pretrained(config.decoder_of)
+    trained = vae if config.decoder_of is None else torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    vae.requires_grad_(False)
+    trained.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     state_file, done = config.out / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -133,7 +137,7 @@ def train(config: VaeConfig) -> AutoencoderKL:
         loss = reconstruction_loss(error) + config.latent_l2 * latents.square().mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             row = {"step": step + 1, "loss": round(loss.item(), 4), "psnr": round(psnr(vae), 2),
@@ -148,16 +152,17 @@ def train(config: VaeConfig) -> AutoencoderKL:
     return vae
 
 
-def finish(vae: AutoencoderKL, folder: Path, count: int = 200) -> None:
-    """Set the scaling factor so that latents have unit variance, and save as a diffusers folder."""
-    rng = np.random.default_rng(1)
-    with torch.no_grad():
-        batch = torch.from_numpy(np.stack([pixels(world.sample_scene(rng), 128) for _ in range(count)]))
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in batch.split(20)])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)
-    vae.save_pretrained(folder)
+def finish(vae: AutoencoderKL, config: VaeConfig, count: int = 200) -> None:
+    """Save as a diffusers folder; a new encoder gets the scaling factor that gives its latents unit variance."""
+    if config.decoder_of is None:
+        rng = np.random.default_rng(1)
+        with torch.no_grad():
+            batch = torch.from_numpy(np.stack([pixels(world.sample_scene(rng), 128) for _ in range(count)]))
+            latents = torch.cat([vae.encode(part).latent_dist.mean for part in batch.split(20)])
+        vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)
+    vae.save_pretrained(config.out / "vae")
 
 
 if __name__ == "__main__":
     settings = tyro.cli(VaeConfig)
-    finish(train(settings), settings.out / "vae")
+    finish(train(settings), settings)
