@@ -30,7 +30,8 @@ CSS = """
 #title h1 { font-size: 1.75rem; letter-spacing: -0.02em; margin: 0.5rem 0 0; }
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0.4rem; }
 #status, #status .html-container { padding: 0 !important; }
-.status {
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+#status .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;
   border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent);
@@ -49,7 +50,10 @@ CSS = """
 class Page:
     """A running page: its address, and how to end it."""
 
-    def __init__(self, blocks: gr.Blocks, url: str, share_url: str | None, undo: contextlib.ExitStack) -> None:
+    def __init__(
+        self, worker: Worker, blocks: gr.Blocks, url: str, share_url: str | None, undo: contextlib.ExitStack
+    ) -> None:
+        self.worker = worker
         self.blocks = blocks
         self.url = url
         self.share_url = share_url
@@ -139,7 +143,7 @@ def start(
                 css=CSS,
             )
         kept = undo.pop_all()
-    return Page(blocks, url, share_url, kept)
+    return Page(worker, blocks, url, share_url, kept)
 
 
 def launch(

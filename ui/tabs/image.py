@@ -110,7 +110,7 @@ def _attention_controls(form: dict[str, Any]) -> dict[str, Any]:
             [(method_label(name), name) for name in (STOCK, *ATTN_PROCESSORS)],
             value=STOCK,
             label="Attention",
-            info="What the model's attention layers compute while this picture is made",
+            info="What the model's attention layers compute",
             elem_id="attention",
             filterable=False,
         )
@@ -169,7 +169,7 @@ def _results() -> dict[str, Any]:
         label="Pictures of this session",
         show_label=False,
         columns=6,
-        height="auto",
+        height=190,
         object_fit="cover",
         fit_columns=False,
         allow_preview=False,
@@ -195,8 +195,8 @@ def _connect(
             if view.picture is not None:
                 updates[screen["picture"]] = shown_picture(view.picture)
             if view.made is not None:
-                captions = [(str(made.file), f"seed {made.recipe.seed}") for made in session.history]
-                updates |= {screen["history"]: gr.update(value=captions, visible=True)} | about(view.made)
+                files = [str(made.file) for made in session.history]
+                updates |= {screen["history"]: gr.update(value=files, visible=True)} | about(view.made)
             yield updates
 
     def about(made: Made) -> dict[Any, Any]:
@@ -232,7 +232,7 @@ def _connect(
     def show_settings(attention: str) -> dict[Any, Any]:
         return {group: gr.update(visible=name == attention) for name, group in groups.items()}
 
-    events = (
+    events: tuple[tuple[Any, ...], ...] = (
         # what happens, what it calls, from what, to what, and whether it waits in Gradio's queue
         ([generate.click, form["prompt"].submit], run, [session, *fields], [generate, stop, *screen.values()], True),
         ([stop.click], stop_run, [session], [], False),
@@ -271,7 +271,7 @@ def status_html(view: View) -> str:
     bar = ""
     if view.busy:
         known = view.fraction is not None
-        percent = round(100 * view.fraction) if known else 0
+        percent = round(100 * (view.fraction or 0))
         bar = f'<div class="bar{"" if known else " unknown"}"><div style="width: {percent}%"></div></div>'
     line = f"<span>{html.escape(view.message)}</span>"
     return f'<div class="status {view.tone}" role="status" aria-live="polite">{line}{bar}</div>'

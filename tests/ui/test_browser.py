@@ -1,0 +1,228 @@
+"""The page in a real Chromium: what people do with it, on a tiny random pipeline."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from reattend.pipelines.recipe import Recipe
+from reattend.ui import image_job
+
+pytestmark = pytest.mark.browser
+
+PATIENCE = 90_000  # milliseconds; machines that run the suite may be busy with other things
+SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
+
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture
+def page(served: Any, page: Page) -> Page:
+    """The page, open and ready."""
+    page.set_default_timeout(PATIENCE)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.fetched = []
+    page.on("request", lambda request: page.fetched.append(request.url))
+    page.goto(served.url)
+    expect(status(page)).to_have_text("Ready.")
+    return page
+
+
+def status(page: Page):
+    return page.locator("#status [role=status]")
+
+
+def fill(page: Page, **fields: str) -> None:
+    for name, value in fields.items():
+        page.locator(f"#{name} textarea, #{name} input[type=number], #{name} input[type=text]").first.fill(value)
+
+
+def choose(page: Page, name: str, label: str) -> None:
+    page.locator(f"#{name} input").click()
+    page.get_by_role("option", name=label).click()
+
+
+def generate(page: Page, **fields: str) -> Recipe:
+    """Fill in fields, make a picture, wait for it; the recipe inside the picture that the page shows."""
+    fill(page, **fields)
+    before = status(page).inner_text()
+    page.locator("#generate").click()
+    expect(status(page)).not_to_have_text(before)  # the last one may say Done too, with another file name
+    expect(status(page)).to_contain_text("Done in")
+    expect(page.locator("#generate")).to_be_enabled()
+    return recipe_in(picture(page))
+
+
+def load_recipe(page: Page, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load-recipe").click()
+    chooser.value.set_files(file)
+
+
+def picture(page: Page) -> bytes:
+    source = page.locator("#picture img").get_attribute("src")
+    answer = page.request.get(source)
+    assert answer.ok
+    return answer.body()
+
+
+def recipe_in(png: bytes) -> Recipe:
+    return Recipe.from_json(Image.open(io.BytesIO(png)).text["reattend"])
+
+
+def keep_screenshot(page: Page, name: str) -> None:
+    """For people to look at; no test reads it."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def test_generate_shows_a_picture_with_its_recipe_and_a_seed_to_use_again(page, served):
+    keep_screenshot(page, "opened")
+    first = generate(page, prompt="a blue car on sand", steps="3")
+    assert first.prompt == "a blue car on sand"
+    assert first.steps == 3
+    expect(page.locator("#facts textarea")).to_have_value(re.compile(f"seed {first.seed}"))
+    page.locator("#use-seed").click()
+    expect(page.locator("#seed textarea, #seed input")).to_have_value(str(first.seed))
+    before = picture(page)
+    again = generate(page)
+    assert again == first
+    assert Image.open(io.BytesIO(picture(page))).tobytes() == Image.open(io.BytesIO(before)).tobytes()
+    keep_screenshot(page, "done")
+    here = (served.url, "data:", "blob:")
+    assert [url for url in page.fetched if not url.startswith(here)] == []
+
+
+def test_earlier_pictures_can_be_seen_again_by_this_session_only(page, served, new_context):
+    first = generate(page, prompt="a cat", steps="2", seed="11")
+    generate(page, prompt="a dog", seed="12")
+    images = page.locator("#history button img")
+    expect(images).to_have_count(2)
+    images.nth(1).click()
+    expect(page.locator("#facts textarea")).to_have_value(re.compile("seed 11"))
+    page.locator("#use-settings").click()
+    expect(page.locator("#prompt textarea")).to_have_value("a cat")
+    assert recipe_in(picture(page)) == first
+
+    other = new_context().new_page()
+    other.goto(served.url)
+    expect(status(other)).to_have_text("Ready.")
+    expect(other.locator("#history")).to_be_hidden()
+
+
+class Gate:
+    """Stands in for `Previewer`: a preview at every step, and the run is held at step 3 until the gate is opened."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.opened = threading.Event()
+
+    def __call__(self, pipe: Any) -> Callable[[Any], Image.Image]:
+        return lambda latents: self.show(latents, pipe)
+
+    def show(self, latents: Any, pipe: Any) -> Image.Image:
+        self.steps += 1
+        if self.steps == 3:
+            assert self.opened.wait(PATIENCE / 1000)
+        return image_job.preview(latents, pipe)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr(image_job, "Previewer", gate)
+    yield gate
+    gate.opened.set()
+
+
+def test_progress_and_preview_show_and_stop_ends_within_two_steps(page, gate):
+    fill(page, prompt="a blue car on sand", steps="50")
+    page.locator("#generate").click()
+    expect(status(page)).to_contain_text("Step 2 of 50")
+    expect(status(page)).to_contain_text("left")
+    expect(page.locator("#picture img")).to_be_visible()
+    expect(page.locator("#generate")).to_be_disabled()
+    keep_screenshot(page, "running")
+    page.locator("#stop").click()
+    expect(status(page)).to_contain_text("Stopping")
+    gate.opened.set()
+    expect(status(page)).to_contain_text("Stopped at step")
+    assert gate.steps <= 4
+    expect(page.locator("#stop")).to_be_disabled()
+    generate(page, steps="2")  # the controls came back
+
+
+def test_leaving_the_page_stops_its_work(page, served, gate, monkeypatch):
+    runs = []
+    submit = served.worker.submit
+    monkeypatch.setattr(served.worker, "submit", lambda recipe: runs.append(submit(recipe)) or runs[-1])
+    fill(page, prompt="a cat", steps="50")
+    page.locator("#generate").click()
+    expect(status(page)).to_contain_text("Step 2 of 50")
+    page.goto("about:blank")
+    end = time.monotonic() + PATIENCE / 1000
+    while not runs[0].token.requested and time.monotonic() < end:
+        page.wait_for_timeout(100)
+    gate.opened.set()
+    for _ in runs[0].updates():
+        pass
+    assert runs[0].outcome.state == "stopped"
+    assert gate.steps <= 4
+
+
+def test_settings_of_an_attention_show_when_it_is_chosen_and_are_used(page):
+    expect(page.locator("#settings-agent")).to_be_hidden()
+    choose(page, "attention", "Agent attention")
+    expect(page.locator("#agent-ratio")).to_be_visible()
+    page.locator("#all-agent button").first.click()
+    expect(page.locator("#agent-p")).to_be_visible()
+    fill(page, **{"agent-ratio": "0.25"})
+    recipe = generate(page, prompt="a cat", steps="2")
+    keep_screenshot(page, "attention")
+    assert [(entry["name"], entry["ratio"]) for entry in recipe.attention] == [("agent", 0.25)]
+
+
+def test_a_recipe_can_be_downloaded_and_fills_the_controls_again(page, served, tmp_path):
+    choose(page, "attention", "Agent attention")
+    fill(page, **{"agent-ratio": "0.25"})
+    made = generate(page, prompt="a red cat", steps="2", width="48", height="32", seed="9007199254740993")
+    with page.expect_download() as download:
+        page.locator("#save-recipe").click()
+    download.value.save_as(tmp_path / "recipe.json")
+    assert Recipe.read(tmp_path / "recipe.json") == made
+    (tmp_path / "picture.png").write_bytes(picture(page))
+    count = len(list(served.out.iterdir()))
+    for name in ("recipe.json", "picture.png"):
+        page.reload()
+        expect(page.locator("#seed textarea, #seed input")).to_have_value("")
+        load_recipe(page, tmp_path / name)
+        expect(status(page)).to_contain_text("Recipe loaded")
+        expect(page.locator("#prompt textarea")).to_have_value("a red cat")
+        expect(page.locator("#width textarea, #width input")).to_have_value("48")
+        expect(page.locator("#seed textarea, #seed input")).to_have_value("9007199254740993")
+        expect(page.locator("#agent-ratio textarea, #agent-ratio input")).to_have_value("0.25")
+    assert len(list(served.out.iterdir())) == count  # loading runs nothing
+    assert generate(page) == made
+
+
+def test_bad_input_is_answered_with_a_sentence_and_foreign_files_stay_closed(page, served, tmp_path):
+    for fields, words in (({"prompt": ""}, "prompt is empty"), ({"prompt": "a cat", "width": "33"}, "multiple of 8")):
+        fill(page, **fields)
+        page.locator("#generate").click()
+        expect(page.locator("#status .bad")).to_contain_text(words)
+        expect(page.locator("#generate")).to_be_enabled()
+    keep_screenshot(page, "refused")
+    (tmp_path / "other.json").write_text(json.dumps({"prompt": "a cat"}))
+    load_recipe(page, tmp_path / "other.json")
+    expect(page.locator("#status .bad")).to_contain_text("not a recipe")
+    assert page.request.get(f"{served.url}gradio_api/file={Path(__file__)}").status == 403
