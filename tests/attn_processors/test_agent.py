@@ -266,6 +266,30 @@ def test_removal_brings_stock_back_bit_for_bit(sd):
     assert torch.equal(tiny.run(sd), want)
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd_controlnet", "animatediff"])
+def test_it_works_in_every_unet_pipeline_and_leaves_no_trace(kind, request):
+    pipe = request.getfixturevalue(kind)
+    want = tiny.run(pipe)
+    with installed(pipe, AgentAttnProcessor(levels=2, destinations="random")):
+        changed = tiny.run(pipe)
+    assert changed.shape == want.shape
+    assert torch.isfinite(changed).all()
+    assert not torch.equal(changed, want)
+    assert torch.equal(tiny.run(pipe), want)
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_sixteen_bit_models_stay_in_sixteen_bits(sd, fp32_logits):
+    unet = sd.unet.to(torch.bfloat16)
+    noise = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = torch.randn(2, 5, tiny.TEXT_WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with installed(unet, AgentAttnProcessor(fp32_logits=fp32_logits)), torch.no_grad():
+        for timestep in (900, 100):
+            out = unet(noise, timestep, text).sample
+            assert out.dtype == torch.bfloat16
+            assert torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("size", [(30, 22), (18, 46), (2, 34)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("guidance", [1.0, 7.5], ids=["no guidance", "guidance"])
 def test_odd_and_non_square_pictures_run(sd, size, guidance):

@@ -225,11 +225,11 @@ def _summary(case: Case, bench: Bench) -> dict[str, Any]:
         seconds[AVERAGED] = [sum(s * part for s, part in zip(row, bench.shares, strict=True)) for row in rounds]
     arms = {}
     for arm, times in seconds.items():
-        peaks = [run.peak_mib for run in case.runs.get(arm, [])]
+        peaks = [run.peak_mib for run in case.runs.get(arm, []) if run.peak_mib is not None]
         arms[arm] = {
             "seconds": median(times),
             "times_faster_than_stock": median(s / t for s, t in zip(seconds[STOCK], times, strict=True)),
-            "peak_mib": median(peaks) if peaks and None not in peaks else None,
+            "peak_mib": median(peaks) if peaks else None,
             "all_seconds": times,
         }
     return {"what": case.what, "pixels": case.pixels, "rounds": case.rounds, "arms": arms}
