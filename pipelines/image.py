@@ -58,6 +58,7 @@ def generate(
         ValueError: for a prompt that is too long, a pipeline that makes no pictures from text, attention that fits no
             layer, a model that cannot be loaded.
         RuntimeError: if the model computed no picture (not-a-number values), or its safety checker hid it.
+        MemoryError: if the picture is too large for the memory there is.
     """
     cancel = cancel or CancelToken()
     began = time.monotonic()
@@ -79,7 +80,7 @@ def generate(
         cancel.check()
         return tensors
 
-    with _attention(pipe, recipe), _without_progress_bar(pipe):
+    with _attention(pipe, recipe), _without_progress_bar(pipe), _told_memory(recipe):
         output = pipe(
             **_arguments(recipe, accepts),
             generator=torch.Generator("cpu").manual_seed(recipe.seed),
@@ -222,6 +223,22 @@ def _without_progress_bar(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
+
+
+@contextlib.contextmanager
+def _told_memory(recipe: Recipe) -> Iterator[None]:
+    """Say in one sentence that memory ran out; torch has one class for it on devices and none on the CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            size = (
+                f"{recipe.width} x {recipe.height} pixels" if recipe.width and recipe.height else "the model's own size"
+            )
+            raise MemoryError(
+                f"not enough memory for a picture of {size}; choose a smaller width and height"
+            ) from error
+        raise
 
 
 def _picture(output: Any) -> Image.Image:

@@ -47,7 +47,7 @@ def load(
         ModelUnavailable: no such model, no network, a folder that cannot be read, or one that wants code of its own.
         ValueError: an unknown or absent device or dtype.
     """
-    place = _device(device)
+    place = find_device(device)
     numbers = _dtype(dtype, place)
     folder = _folder(str(source))
     pipe = _from_folder(folder, numbers).to(place)
@@ -57,25 +57,12 @@ def load(
     return pluggable(pipe)
 
 
-def default_device() -> torch.device:
-    """The first there is of cuda, mps, cpu."""
-    import torch
-
-    return torch.device(_present()[0])
-
-
-def _present() -> list[str]:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name, is_there in there.items() if is_there]
-
-
-def _device(wanted: str | torch.device | None) -> torch.device:
+def find_device(wanted: str | torch.device | None = None) -> torch.device:
+    """The device of that name if it is here; None: the first there is of cuda, mps, cpu."""
     import torch
 
     if wanted is None:
-        return default_device()
+        return torch.device(_present()[0])
     there = _present()
     try:
         place = torch.device(wanted)
@@ -86,6 +73,13 @@ def _device(wanted: str | torch.device | None) -> torch.device:
             f"device is not available: got {str(wanted)!r}, this machine and torch offer {', '.join(there)}"
         )
     return place
+
+
+def _present() -> list[str]:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, is_there in there.items() if is_there]
 
 
 def _dtype(wanted: str | torch.dtype | None, place: torch.device) -> torch.dtype:

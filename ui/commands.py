@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
@@ -137,6 +137,108 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Count how often pictures show what their captions say: stock attention and others, same captions, same seeds.
+
+    A run that was stopped goes on where it was when it is started again with the same options.
+    """
+
+    model: str = DEFAULT_RECIPE.model
+    """Bundled name, local diffusers folder, or hub id of a model of the emoji world."""
+    attention: Annotated[
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: stock alone; repeatable)"),
+    ] = ()
+    """Attention to compare with the stock one, for example: --attention agent ratio=0.4; each one is an arm of its own."""
+    tomesd: Annotated[float | None, NUMBER, arg(metavar="RATIO", help_behavior_hint="(default: none)")] = None
+    """Compare with the package tomesd (token merging) at this ratio, too."""
+    samples: int = 500
+    """Held-out captions."""
+    steps: int = DEFAULT_RECIPE.steps
+    """Denoising steps."""
+    guidance: Annotated[float | None, NUMBER, _default("the model's own")] = None
+    """How strongly the caption is followed."""
+    seed: int = 0
+    """Chooses captions and noise."""
+    batch: int = 20
+    """Pictures in one call; more = faster and more memory."""
+    out: Path = OUT / "evaluate"
+    """Folder for results, summary and a contact sheet."""
+    device: Annotated[str | None, TEXT, _default("the first of cuda, mps, cpu")] = None
+    """Where to compute."""
+    dtype: Annotated[str | None, TEXT, _default("float32 on a CPU, 16 bits on CUDA")] = None
+    """Numbers to compute in: float32, float16 or bfloat16."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> None:
+        """Evaluate. Raises ValueError or TypeError for bad input."""
+        from ..pipelines.files import check_writable
+
+        # What `Recipe` checks is checked by it: attention, steps, guidance, seed.
+        checked = replace(DEFAULT_RECIPE, steps=self.steps, guidance=self.guidance, seed=self.seed)
+        attention = [_attention(*words) for words in self.attention]
+        recipes = [replace(checked, attention=(entry,)) for entry in attention]
+        if self.tomesd is not None and not 0 <= self.tomesd < 1:
+            raise ValueError(
+                f"--tomesd is out of range: got {self.tomesd}, need 0 <= ratio < 1; it is the share merged"
+            )
+        check_writable(self.out)
+        from tqdm import tqdm
+
+        from ..emoji_world.evaluate import Arm, evaluate, tomesd_arm
+        from ..pipelines.load import load
+
+        _quiet_libraries()
+        names = ["-".join(words).replace("=", "-") for words in self.attention]
+        arms = [Arm(name="stock")]
+        arms += [Arm(name=name, attention=made.attention) for name, made in zip(names, recipes, strict=True)]
+        arms += [tomesd_arm(self.tomesd)] if self.tomesd is not None else []
+        pipe = load(self.model, device=self.device, dtype=self.dtype)
+        with tqdm(unit="picture", file=sys.stderr, disable=None, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = evaluate(
+                pipe, arms, out=self.out, samples=self.samples, steps=self.steps, guidance=self.guidance, seed=self.seed,
+                batch=self.batch, command=" ".join(["reattend", *sys.argv[1:]]), on_progress=show,
+            )  # fmt: skip
+        print(found.to_json() if self.json else found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed and memory against stock attention and against what one would use instead."""
+
+    what: Positional[Literal["agent"]]
+    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, with random weights."""
+    minutes: float = 20.0
+    """Time limit; rounds that would not fit are left out."""
+    quick: bool = False
+    """A tiny UNet at tiny sizes: tries everything in seconds and says nothing about speed."""
+    out: Annotated[Path | None, FILE, _default("none")] = None
+    """JSON file to write as well."""
+    device: Annotated[str | None, TEXT, _default("cuda if there is one, else cpu")] = None
+    """Where to compute."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> None:
+        """Measure. Raises ValueError for bad input."""
+        from ..bench.agent import run
+        from ..pipelines.files import check_writable
+        from ..pipelines.load import find_device
+
+        if self.out is not None:
+            check_writable(self.out)
+        device = None if self.device is None else str(find_device(self.device))
+        run(minutes=self.minutes, quick=self.quick, json=self.json, out=self.out, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Tell versions, devices, which attention backends work here (each is tried), and what to install."""
 
@@ -180,8 +282,12 @@ class Ui:
 
 
 Command = (
-    Annotated[Image, subcommand("image")] | Annotated[Doctor, subcommand("doctor")] | Annotated[Ui, subcommand("ui")]
-)  # fmt: skip
+    Annotated[Image, subcommand("image")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Ui, subcommand("ui")]
+)
 
 
 def _attention(name: str = "", *pairs: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import diffusers
 import torch
 
 from ..attn_processors.compat import dispatch_attention_fn, require_backend
-from ..pipelines.load import bundled, default_device
+from ..pipelines.load import bundled, find_device
 
 __all__ = ["examine", "table"]
 
@@ -28,7 +28,7 @@ WIDTH = 100  # of wrapped text in the table
 
 def examine() -> dict[str, Any]:
     """Everything as one JSON-able value."""
-    device = default_device()
+    device = find_device()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -127,6 +127,12 @@ def test_values_that_are_not_numbers_are_an_error_and_no_black_picture(sd):
         generate(replace(RECIPE, steps=1), pipe=sd)
 
 
+def test_too_little_memory_is_told_in_one_sentence(sd, monkeypatch):
+    monkeypatch.setattr(type(sd.scheduler), "step", lambda *args, **settings: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(MemoryError, match="not enough memory for a picture of 40 x 24 pixels; choose a smaller width"):
+        generate(RECIPE, pipe=sd)
+
+
 def test_pipelines_that_need_more_than_a_text_are_refused(animatediff, sd_controlnet):
     for pipe in (animatediff, sd_controlnet):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} does not make a picture from a text alone"):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,7 +212,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         main(["image", "a cat", *QUICK])
 
 
-@pytest.mark.parametrize("command", [[], ["image"], ["doctor"], ["ui"]])
+@pytest.mark.parametrize("command", [[], ["image"], ["evaluate"], ["bench"], ["doctor"], ["ui"]])
 def test_every_command_has_help(capsys, command):
     assert main([*command, "--help"]) == 0
     assert "usage: reattend" in capsys.readouterr().out
@@ -222,6 +223,48 @@ def test_help_shows_the_defaults(capsys):
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for default in ("tiny-sd", "20", "the model's own", "drawn, and told", "stock; repeatable", "out"):
         assert f"(default: {default})" in out
+
+
+def test_evaluate_compares_arms_and_goes_on_where_it_was(tmp_path, capsys):
+    argv = ["evaluate", "--attention", "agent", "ratio=0.4", "--steps", "1", "--batch", "2", "--json", "--samples"]
+    assert main([*argv, "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["rates"]) == ["stock", "agent-ratio-0.4"]
+    lines = (tmp_path / "out" / "evaluate" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 1
+    assert main([*argv, "2"]) == 0
+    more = (tmp_path / "out" / "evaluate" / "results.jsonl").read_text().splitlines()
+    assert more[: len(lines)] == lines
+    assert len(more) == 1 + 2 * 2
+    assert main(["evaluate", "--steps", "2", "--samples", "2"]) == 2
+    assert "results of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--samples", "0"], "samples is 0"),
+        (["--steps", "0"], "steps is out of range"),
+        (["--tomesd", "1"], "--tomesd is out of range: got 1.0"),
+        (["--attention", "magic"], "unknown attention: got 'magic'"),
+        (["--attention", "agent", "--attention", "agent"], "no name twice"),
+        (["--model", "nothing"], "no model 'nothing'"),
+    ],
+)
+def test_evaluate_refuses_bad_input(tmp_path, capsys, options, words):
+    assert main(["evaluate", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert files(tmp_path) == []
+
+
+def test_bench_hands_its_options_to_the_benchmark(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("reattend.bench.agent.run", lambda **settings: seen.update(settings))
+    assert main(["bench", "agent", "--quick", "--minutes", "1.5", "--out", "table.json"]) == 0
+    assert seen == {"minutes": 1.5, "quick": True, "json": False, "out": Path("table.json"), "device": None}
+    assert main(["bench", "agent", "--device", "toaster"]) == 2
+    assert main(["bench", "weather"]) == 2
+    assert "toaster" in capsys.readouterr().err
 
 
 def test_ui_hands_its_options_to_the_page(monkeypatch):

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reattend.pipelines import Recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(sd_folder, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", sd_folder.parent)
+
+
+def test_image_makes_a_stock_and_an_agent_picture(tmp_path, capsys, monkeypatch):
+    script("image", monkeypatch).main(["a cat", "--steps", "2", "--out", str(tmp_path)])
+    stock, agent = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("stock", "agent"))
+    assert stock.shape == agent.shape
+    assert not np.array_equal(stock, agent)
+    assert Recipe.read(tmp_path / "agent.png").attention[0]["name"] == "agent"
+    assert capsys.readouterr().out.split() == [str(tmp_path / "stock.png"), str(tmp_path / "agent.png")]
+
+
+def test_demo_makes_pictures_a_contact_sheet_and_a_table(tmp_path, capsys, monkeypatch):
+    demo = script("demo", monkeypatch)
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    demo.main(["--steps", "2", "--out", str(tmp_path)])
+    pictures = {f"1-{arm}.png" for arm in demo.ARMS}
+    recipes = {f"{name}.json" for name in pictures}
+    assert {path.name for path in tmp_path.iterdir()} == pictures | recipes | {"sheet.png", "table.md", "table.json"}
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["stock", "agent"]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert all(0 <= row[part] <= 1 for part in ("kinds", "tints", "background"))
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+    assert Image.open(tmp_path / "sheet.png").height > 2 * demo.SIDE
