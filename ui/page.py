@@ -26,7 +26,8 @@ UPLOAD_LIMIT = "20mb"  # a recipe travels in a picture; a 2048 x 2048 PNG has ab
 WAITING_LIMIT = 32  # requests that may wait for the server
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container > main { width: 100% !important; max-width: none !important; }
 #title h1 { font-size: 1.75rem; letter-spacing: -0.02em; margin: 0.5rem 0 0; }
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0.4rem; }
 #status, #status .html-container { padding: 0 !important; }
@@ -34,12 +35,12 @@ CSS = """
 #status .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;
-  border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent);
+  border: 1px solid var(--block-border-color); border-left: 4px solid var(--color-accent);
   border-radius: var(--radius-lg); background: var(--block-background-fill);
   color: var(--body-text-color); font-variant-numeric: tabular-nums;
 }
-.status.good { border-left-color: #16a34a; }
-.status.bad { border-left-color: #dc2626; }
+#status .status.good { border-left-color: #16a34a; }
+#status .status.bad { border-left-color: #dc2626; }
 .status .bar { height: 0.45rem; border-radius: 1rem; overflow: hidden; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); transition: width 0.3s; }
 .status .bar.unknown div { width: 30% !important; animation: to-and-fro 1.6s ease-in-out infinite alternate; }
@@ -75,7 +76,7 @@ def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
 
     from .tabs.image import image_tab
 
-    with gr.Blocks(title="Reattend", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Reattend", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
             "# Reattend\nPictures from stock diffusers models, with the attention inside them exchanged.",
             elem_id="title",
@@ -271,4 +272,6 @@ def _theme() -> gr.Theme:
         block_shadow="none",
         button_large_padding="*spacing_md *spacing_lg",
         input_border_width="1px",
+        input_border_color="*neutral_200",
+        input_shadow="none",
     )

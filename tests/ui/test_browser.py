@@ -184,7 +184,7 @@ def test_settings_of_an_attention_show_when_it_is_chosen_and_are_used(page):
     expect(page.locator("#settings-agent")).to_be_hidden()
     choose(page, "attention", "Agent attention")
     expect(page.locator("#agent-ratio")).to_be_visible()
-    page.locator("#all-agent button").first.click()
+    page.locator("#more-agent button").first.click()
     expect(page.locator("#agent-p")).to_be_visible()
     fill(page, **{"agent-ratio": "0.25"})
     recipe = generate(page, prompt="a cat", steps="2")

@@ -120,7 +120,7 @@ def _attention_controls(form: dict[str, Any]) -> dict[str, Any]:
             others = [s for s in settings if s not in first]
             with gr.Column(visible=False, elem_id=f"settings-{name}", elem_classes="settings") as groups[name]:
                 _settings(form, name, first)
-                with gr.Accordion(f"All settings of {name} attention", open=not first, elem_id=f"all-{name}"):
+                with gr.Accordion(f"More settings of {name} attention", open=not first, elem_id=f"more-{name}"):
                     _settings(form, name, others)
     return groups
 
