@@ -26,7 +26,7 @@ __all__ = ["Canvas", "Square", "fit_background", "leftover", "look", "overlap", 
 
 SIDES = tuple(0.29 * 1.12**i for i in range(8))  # sprite sides that are looked for, in short sides of the picture
 NEAR = (0.90, 0.95, 1.0, 1.05, 1.10)  # sides tried in refinement, relative to the proposal
-CLIMBS = 4  # single steps to a better place, side or turn at most
+CLIMBS = 4  # steps of a pixel in place and side, and of 3 degrees, at most
 OVERLAP = 0.15  # squares may share this much of the smaller one
 BLAME = 0.5  # weight of what a square leaves unexplained against what it explains
 LEFT, PART = 0.02, 0.35  # energy of a pixel that is something; part of a square that makes it one thing
@@ -232,14 +232,14 @@ def _refine(canvas: Canvas, square: Square, turns: tuple[float, ...]) -> tuple[P
     shares = np.full(len(SHAPES), -np.inf)
     sides = sorted({2 * round(s * fraction * short / 2) for s in NEAR})
     places = [(round(x * short - side / 2), round(y * short - side / 2), side, turn) for side in sides]
-    best, at = _search(canvas, places, 4, 2, EVERY, shares)
+    best, at = _search(canvas, places, 3, 1, EVERY, shares)
     if turns:
         likely = [int(i) for i in np.argsort(shares[: len(KINDS)])[::-1][:6]]
         best, at = max((best, at), _search(canvas, [(*at[:3], turn + d) for d in turns], 2, 2, likely, shares))
     for _ in range(CLIMBS):
         x, y, side, turn = at
         before = best
-        places = [(x - d, y - d, side + 2 * d, turn) for d in (-1, 0, 1)]
+        places = [(x, y, side + d, turn) for d in (-1, 0, 1)]
         places += [(x, y, side, turn + d) for d in turns and (-3.0, 3.0)]
         best, at = _search(canvas, places, 1, 1, EVERY, shares)
         if best < before + 0.01:
