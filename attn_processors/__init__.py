@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from .compat import BackendUnavailable
     from .context import Context
     from .families import UnsupportedModel
-    from .installer import Displaced, Handle, Report, install, installed
+    from .installer import Displaced, Handle, install, installed
     from .layer import LayerCall, LayoutError
     from .method import AttnMethod, LayerInfo
+    from .report import Report
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
@@ -41,7 +42,7 @@ _FILES = {  # public name -> file
     "LayerCall": "layer",
     "LayerInfo": "method",
     "LayoutError": "layer",
-    "Report": "installer",
+    "Report": "report",
     "UnsupportedModel": "families",
     "install": "installer",
     "installed": "installer",

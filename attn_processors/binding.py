@@ -6,6 +6,7 @@ methods on instances: ours go through `install`, foreign processors to the model
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -71,17 +72,18 @@ def _set_foreign(model: nn.Module, processor: Any) -> None:
         remove_all(model)
         own(model, processor)
         return
-    ours = [value for value in processor.values() if isinstance(value, LayerProcessor)]
-    context = context_of(model)
-    if any(value.method is not None and (context is None or value.context is not context) for value in ours):
-        raise ValueError(
-            "the dict has processors of ours that were removed meanwhile; set ours again by name or object."
-        )
-    if not ours:
+    table = {name: _alive(value) for name, value in processor.items()}  # a copy: the stock method empties the dict
+    if gone := sum(table[name] is not value for name, value in processor.items()):
+        warnings.warn(f"{gone} processors of ours in this dict were removed before; stock ones are set.", stacklevel=4)
+    if not any(isinstance(value, LayerProcessor) for value in table.values()):
         remove_all(model)
-    own(model, dict(processor))  # a copy: the stock method empties the dict
-    if context is not None:
+    own(model, table)
+    if (context := context_of(model)) is not None:
         context.adopt()
+
+
+def _alive(processor: Any) -> Any:
+    return processor.stock if isinstance(processor, LayerProcessor) and processor.retired else processor
 
 
 def _reset_pipe(pipe: Any, /) -> None:

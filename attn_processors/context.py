@@ -80,6 +80,7 @@ class Context:
     Refreshed by every call of the denoiser:
         grids: token count -> (height, width), for every level of the model
         batch, frames: rows of the call, and pictures per row (1 for images)
+        device: of the call
         timestep: as it was passed, never converted here
     `slots` holds what methods keep between `prepare` and their layers, under a key of their own. It is not copied with
     the model.
@@ -90,6 +91,7 @@ class Context:
         self.installations: list[Installation] = []
         self.grids: dict[int, tuple[int, int]] = {}
         self.batch, self.frames = 0, 1
+        self.device = torch.device("cpu")
         self.timestep: Tensor | float | None = None
         self.slots: dict[Any, Any] = {}
         self._warned: set[Any] = set()
@@ -121,7 +123,7 @@ class Context:
         self._position = None
         if not torch.compiler.is_compiling():
             self.adopt()
-            self._check_backend(args[0] if args else kwargs["sample"])
+            self._check_backend()
         for installation in self.installations:
             method = installation.method
             if method.phased:
@@ -145,9 +147,9 @@ class Context:
             self._warned.add(key)
             warnings.warn(message, stacklevel=3)
 
-    def _check_backend(self, sample: Tensor) -> None:
+    def _check_backend(self) -> None:
         for wanted in {swap.ours._attention_backend for item in self.installations for swap in item.swaps}:
-            require_backend(wanted, sample.device)
+            require_backend(wanted, self.device)
 
     def _locate(self) -> tuple[float, int | None]:
         if self._position is None:

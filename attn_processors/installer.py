@@ -7,7 +7,6 @@ leaves everything as it was. What was done is recorded on the context of each de
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from .context import Context, Installation, Patch, Swap, context_of
 from .families import Family, UnsupportedModel, family_of
 from .layer import LayerProcessor
 from .method import AttnMethod, LayerInfo
+from .report import LayerReport, Report
 
 log = logging.getLogger(__name__)
 
@@ -33,43 +33,6 @@ class Displaced(RuntimeError):
     """Somebody replaced our processors behind our back."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """One layer of a `Report`. state: "active", "neutral", "removed", or "replaced by X"."""
-
-    model: str
-    name: str
-    role: str
-    level: int
-    heads: int
-    width: int
-    method: str
-    state: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What is installed where, at the time of asking. `print` it, or take `to_json`."""
-
-    methods: tuple[dict[str, Any], ...]  # name and settings
-    layers: tuple[LayerReport, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    def __str__(self) -> str:
-        lines = []
-        for method in self.methods:
-            settings = ", ".join(f"{key}={value!r}" for key, value in method.items() if key != "name")
-            lines.append(f"{method['name']} ({settings})")
-            lines += [
-                f"  {layer.name}  level {layer.level}, {layer.heads} heads, width {layer.width}: {layer.state}"
-                for layer in self.layers
-                if layer.method == method["name"]
-            ]
-        return "\n".join(lines)
-
-
 @dataclass(frozen=True, eq=False)
 class Handle:
     """What one `install` did. Handles of different layers may be removed in any order; `remove` twice is harmless."""
@@ -77,7 +40,7 @@ class Handle:
     parts: tuple[tuple[Context, Installation], ...]
 
     def report(self) -> Report:
-        methods = {item.method.name: {"name": item.method.name, **item.method.settings()} for _, item in self.parts}
+        methods = {item.method: {"name": item.method.name, **item.method.settings()} for _, item in self.parts}
         layers = [
             LayerReport(
                 model=type(context.model).__name__,
@@ -111,7 +74,7 @@ def install(target: Any, processor: Any, *, layers: LayerFilter | None = None, *
     """Put attention processors of ours into a stock pipeline or model.
 
     target: a pipeline (its denoisers: a ControlNet beside the UNet stays stock, `install(pipe.controlnet, ...)`
-        gives it its own), or a model. A model on its own has no scheduler; methods with phases then go by the timestep itself.
+        gives it its own), or a model, which has no scheduler: methods with phases then go by the timestep itself.
     processor: AgentAttnProcessor(...) or another method, or its short name with `settings`, or a list of these for
         different layers.
     layers: narrows the layers the method wants: a regular expression searched in the module name, or a function of it.
@@ -242,6 +205,8 @@ def undo(context: Context, item: Installation) -> None:
             else:
                 delattr(patch.module, patch.attribute)
     left = [swap.info.name for swap in reversed(item.swaps) if not _put_back(swap)]
+    for swap in item.swaps:  # somebody may still hold ours and set it again: then it is the stock layer
+        swap.ours.retired = swap.ours.neutral = True
     if left:
         log.warning("left %d layers alone, whose processors somebody replaced: %s", len(left), ", ".join(left[:3]))
     context.installations.remove(item)
@@ -272,7 +237,7 @@ def _plan(model: nn.Module, methods: Sequence[AttnMethod], layers: LayerFilter |
 
 def _check_free(family: Family, info: LayerInfo, module: nn.Module, replacing: bool) -> None:
     if isinstance(module.processor, LayerProcessor):
-        if replacing:
+        if replacing or module.processor.retired:
             return
         held = module.processor.method.name if module.processor.method else "an attention of ours"
         raise ValueError(
@@ -286,6 +251,8 @@ def _check_free(family: Family, info: LayerInfo, module: nn.Module, replacing: b
 def _fill(context: Context, item: Installation, layers: list[tuple[LayerInfo, nn.Module]]) -> None:
     for info, module in layers:
         stock = module.processor
+        if isinstance(stock, LayerProcessor):  # a retired one
+            stock = stock.stock
         ours = context.family.layer(item.method, context, info.name, info.level, stock)
         for attribute in ("_attention_backend", "_parallel_config"):
             if getattr(stock, attribute, None) is not None:

@@ -135,7 +135,8 @@ class LayerProcessor:
         self.method: AttnMethod = method  # type: ignore[assignment]
         self.context: Context = context  # type: ignore[assignment]
         self.name, self.level, self.stock = name, level, stock
-        self.neutral = method is not None and method.neutral
+        self.neutral = method is not None and method.neutral  # run the stock processor
+        self.retired = False  # removed by its handle
         self.phase = 0  # written by the context between root calls, read inside compiled regions
 
     def project_q(self, attn: Any, x: Tensor) -> Tensor:

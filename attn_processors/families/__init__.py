@@ -45,7 +45,7 @@ class Family:
         raise NotImplementedError
 
     def read(self, context: Context, args: tuple, kwargs: dict) -> None:
-        """Take grids, batch, frames and timestep from the arguments of the root's forward.
+        """Take grids, batch, frames, device and timestep from the arguments of the root's forward.
 
         May be traced by torch.compile: store integers and references to tensors, convert nothing.
         """

@@ -144,6 +144,7 @@ class UNetFamily(Family):
         sample = args[0] if args else kwargs["sample"]
         context.timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         context.batch, context.frames = sample.shape[0], sample.shape[2] if sample.ndim == 5 else 1
+        context.device = sample.device
         height, width = sample.shape[-2:]
         grids: dict[int, tuple[int, int]] = {}
         for _ in context.model.down_blocks:

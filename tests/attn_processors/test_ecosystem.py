@@ -270,3 +270,15 @@ def test_fusing_projections_afterwards_is_noticed_and_unfusing_brings_ours_back(
     unet.unfuse_qkv_projections()
     handle.verify()
     assert torch.equal(tiny.denoise(unet), want)
+
+
+def test_ours_coming_back_after_removal_are_the_stock_layer_and_no_obstacle(unet):
+    want = tiny.denoise(unet)
+    handle = install(unet, Sharper())
+    unet.fuse_qkv_projections()
+    handle.remove()
+    unet.unfuse_qkv_projections()  # diffusers kept our objects and sets them again
+    assert torch.equal(tiny.denoise(unet), want)
+    with installed(unet, Sharper()):
+        assert not torch.equal(tiny.denoise(unet), want)
+    assert torch.equal(tiny.denoise(unet), want)
