@@ -143,7 +143,9 @@ class Trainer:
         self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.done = 0
         if self.state_file.exists():
             state = torch.load(self.state_file, weights_only=True)
