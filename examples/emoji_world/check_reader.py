@@ -121,7 +121,8 @@ def check(
         counts += (len(found), background, kinds, tints, exact, right)
         if not right:
             on_wrong(scene, picture, reading)
-    return Accuracy(scenes, *(int(count) for count in counts), seconds)
+    sprites, backgrounds, right_kinds, right_tints, exact_scenes, right_scenes = (int(count) for count in counts)
+    return Accuracy(scenes, sprites, backgrounds, right_kinds, right_tints, exact_scenes, right_scenes, seconds)
 
 
 def _match(sprite: Sprite, reading: Reading, width: int, height: int) -> Found | None:
@@ -169,8 +170,19 @@ def main(scenes: int = 1000, turn: float = 0.0, seed: int = 0, vae: Path | None 
     def tell(scene: Scene, picture: Image.Image, reading: Reading) -> None:
         print(f"{picture.size} {scene}\n    -> {reading}", flush=True)
 
-    more = {"change": vae_round_trip(vae), "sides": (SIDES[0], 256)} if vae else {}
-    print(check(scenes, seed=seed, turn=turn, **more, **({"on_wrong": tell} if verbose else {})))
+    def stay_silent(*wrong: object) -> None:
+        pass
+
+    print(
+        check(
+            scenes,
+            seed=seed,
+            turn=turn,
+            sides=(SIDES[0], 256) if vae else SIDES,
+            change=vae_round_trip(vae) if vae else lambda picture: picture,
+            on_wrong=tell if verbose else stay_silent,
+        )
+    )
 
 
 if __name__ == "__main__":

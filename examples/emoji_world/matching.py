@@ -85,7 +85,8 @@ class Canvas:
 def to_size(image: Image.Image, short: int) -> np.ndarray:
     """The picture with this short side in pixels, float32 in 0 to 1, (H, W, 3)."""
     scale = short / min(image.size)
-    size = tuple(max(short, round(side * scale)) for side in image.size)
+    width, height = (max(short, round(side * scale)) for side in image.size)
+    size = (width, height)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
     return np.asarray(image, np.float32) / 255
@@ -99,7 +100,7 @@ def fit_background(picture: np.ndarray) -> tuple[str, float, np.ndarray]:
     """Name, share of the picture that agrees, and the gradient (2, 3): colour = line[0] + line[1] * t, t down from 0 to 1."""
     h, w, _ = picture.shape
     t = _times(h)[:, None]
-    best = (-1.0, "", 0.0, None)
+    best = (-1.0, "", np.zeros((2, 3), np.float32))
     lights = np.arange(-16, 17, 4, dtype=np.float32) / 255
     for name, ends in BACKGROUNDS.items():
         top, bottom = np.array(ends, np.float32) / 255
@@ -110,8 +111,8 @@ def fit_background(picture: np.ndarray) -> tuple[str, float, np.ndarray]:
         agree = np.exp(away * (-0.5 / 0.045**2)).mean((0, 1))
         i = int(agree.argmax())
         if agree[i] > best[0]:
-            best = (float(agree[i]), name, float(lights[i]), np.stack([top + lights[i], bottom - top]))
-    _, name, _, line = best
+            best = (float(agree[i]), name, np.stack([top + lights[i], bottom - top]))
+    _, name, line = best
     prior = line.copy()
     basis = np.concatenate([np.ones((h, 1), np.float32), t], axis=1)
     for reach in (0.08, 0.05):
@@ -185,8 +186,8 @@ def proposals(canvas: Canvas, turns: tuple[float, ...] = (0.0,)) -> list[Square]
             score = gain - BLAME * (energy - gain)
             peak = sliding_window_view(np.pad(score, 1, constant_values=-np.inf), (3, 3)).max((-1, -2))
             for y, x in np.argwhere((score == peak) & (score > 0)):
-                centre = (float(v - pad + side / 2) / short for v in (x, y))
-                found.append((float(score[y, x]), (*centre, side / short, turn)))
+                across, down = (float(v - pad + side / 2) / short for v in (x, y))
+                found.append((float(score[y, x]), (across, down, side / short, turn)))
     found.sort(reverse=True)
     kept: list[Square] = []
     for _, square in found:

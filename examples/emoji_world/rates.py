@@ -24,7 +24,7 @@ class Rate:
     high: float | None
 
     def __str__(self) -> str:
-        if self.value is None:
+        if self.value is None or self.low is None or self.high is None:
             return "-"
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
@@ -38,7 +38,7 @@ class Difference:
     high: float | None
 
     def __str__(self) -> str:
-        if self.value is None:
+        if self.value is None or self.low is None or self.high is None:
             return "-"
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 

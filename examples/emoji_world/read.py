@@ -85,9 +85,9 @@ def read(image: Image.Image | np.ndarray) -> Reading:
             if kind and confidence >= enough and all(overlap(square, other[0]) < OVERLAP for other in seen):
                 seen.append((square, kind, tint, confidence))
     left = coarse.without([one[0] for one in seen])
-    while len(seen) < MOST and (square := leftover(left)):
-        seen.append((square, None, None, 0.0))
-        left = left.without([square])
+    while len(seen) < MOST and (rest := leftover(left)):
+        seen.append((rest, None, None, 0.0))
+        left = left.without([rest])
     width, height = (side / min(image.size) for side in image.size)
     sprites = [Found(kind, tint, _box(square, width, height), confidence) for square, kind, tint, confidence in seen]
     sprites.sort(key=lambda one: one.box[0] + one.box[2])
@@ -96,8 +96,9 @@ def read(image: Image.Image | np.ndarray) -> Reading:
 
 def _box(square: Square, width: float, height: float) -> tuple[float, float, float, float]:
     x, y, side, _ = square
-    edges = ((x - side / 2) / width, (y - side / 2) / height, (x + side / 2) / width, (y + side / 2) / height)
-    return tuple(min(1.0, max(0.0, float(edge))) for edge in edges)
+    left, right = (min(1.0, max(0.0, float(edge) / width)) for edge in (x - side / 2, x + side / 2))
+    top, bottom = (min(1.0, max(0.0, float(edge) / height)) for edge in (y - side / 2, y + side / 2))
+    return left, top, right, bottom
 
 
 def score(reading: Reading, caption: str) -> Score:
@@ -112,7 +113,8 @@ def score(reading: Reading, caption: str) -> Score:
         ValueError: the caption is not of this world.
     """
     clauses, background = parse_caption(caption)
-    wanted, found = Counter(clause.kind for clause in clauses), Counter(one.kind for one in reading.sprites)
+    wanted: Counter[str | None] = Counter(clause.kind for clause in clauses)
+    found: Counter[str | None] = Counter(one.kind for one in reading.sprites)
     tints = sum(
         _tints_right([c for c in clauses if c.kind == kind], [s.tint for s in reading.sprites if s.kind == kind])
         for kind in wanted

@@ -52,18 +52,19 @@ def _maps(shape: str) -> np.ndarray:
     return np.stack([alpha * (0.3 + 0.7 * below - 0.72 * above), alpha * 0.72 * above, alpha])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
+def _turned(angle: float) -> list[list[Image.Image]]:
+    """`_maps` of all shapes as images turned counter-clockwise by `angle` degrees."""
+    planes = [[Image.fromarray(plane) for plane in _maps(shape)] for shape in SHAPES]
+    return [[plane.rotate(angle, Image.Resampling.BICUBIC) if angle else plane for plane in maps] for maps in planes]
+
+
+@functools.lru_cache(maxsize=256)  # about 50 MB
 def templates(side: int, angle: float = 0.0) -> Templates:
     """Templates of all shapes, drawn as `world.draw` draws sprites."""
-    maps = np.empty((3, len(SHAPES), side, side), np.float32)
-    for k, shape in enumerate(SHAPES):
-        for m, plane in enumerate(_maps(shape)):
-            image = Image.fromarray(plane)
-            if angle:
-                image = image.rotate(angle, Image.Resampling.BICUBIC)
-            smaller = Image.Resampling.BOX if side <= CELL // 2 else Image.Resampling.BICUBIC
-            maps[m, k] = np.asarray(image.resize((side, side), smaller))
-    a, b, alpha = maps
+    filter = Image.Resampling.BOX if side <= CELL // 2 else Image.Resampling.BICUBIC
+    maps = np.array([[plane.resize((side, side), filter) for plane in planes] for planes in _turned(angle)], np.float32)
+    a, b, alpha = maps = np.ascontiguousarray(maps.swapaxes(0, 1))  # each (shapes, side, side)
     return Templates(
         *(plane.reshape(len(SHAPES), -1) for plane in maps),
         *((alpha * plane).sum(axis=-1) for plane in maps),
