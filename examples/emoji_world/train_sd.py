@@ -21,6 +21,7 @@ import tyro
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -40,6 +41,7 @@ class SdConfig:
 
     vae: Path = Path("runs/vae/vae")  # diffusers folder of the VAE
     out: Path = Path("runs/sd")  # folder of the pools, the state, the log and the finished pipeline
+    start_from: Path | None = None  # finished pipeline whose weights a new run begins with
     steps: int = 20000  # optimiser steps in all
     close_up_steps: int = 8000  # how many of them are on close-ups
     pool: int = 12000  # pictures drawn and encoded per stage
@@ -138,6 +140,10 @@ class Trainer:
         self.tokenizer = captions.build_tokenizer()
         self.text = captions.build_text_encoder(self.tokenizer)
         self.unet = build_unet(self.vae.config.latent_channels)
+        if config.start_from is not None:
+            known = DiffusionPipeline.from_pretrained(config.start_from, torch_dtype=torch.float32)
+            self.text.load_state_dict(known.text_encoder.state_dict())
+            self.unet.load_state_dict(known.unet.state_dict())
         self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)

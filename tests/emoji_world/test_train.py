@@ -1,0 +1,93 @@
+"""The trainings of the bundled models: interrupted and resumed equals uninterrupted, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reattend.emoji_world import captions, train_sd, train_vae, world
+
+
+class PulledPlugError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    train_vae.build_vae().save_pretrained(folder)
+    return folder
+
+
+def test_tiny_sd_training_resumes_bit_for_bit_across_both_stages(
+    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_sd.SdConfig(
+        vae=vae_folder, out=tmp_path / "whole", steps=4, close_up_steps=2, pool=8, batch=2, save_every=1
+    )
+    whole = train_sd.Trainer(config)
+    whole.train()
+
+    config = replace(config, out=tmp_path / "parts")
+    keep = train_sd.Trainer.save
+
+    def save_then_stop(trainer: train_sd.Trainer, step: int) -> None:
+        keep(trainer, step)
+        if step == 3:
+            raise PulledPlugError
+
+    monkeypatch.setattr(train_sd.Trainer, "save", save_then_stop)
+    with pytest.raises(PulledPlugError):
+        train_sd.Trainer(config).train()
+    monkeypatch.setattr(train_sd.Trainer, "save", keep)
+    again = train_sd.Trainer(config)
+    assert again.done == 3
+    again.train()
+
+    pairs = zip(whole.parameters + whole.ema.shadow_params, again.parameters + again.ema.shadow_params, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_vae_training_resumes_bit_for_bit_and_decoder_training_keeps_the_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_vae, "psnr", lambda vae: 0.0)  # only for the log, and most of the time here
+    config = train_vae.VaeConfig(out=tmp_path / "whole", steps=2, batch=2, save_every=1)
+    whole = train_vae.train(config)
+    stopped = replace(config, out=tmp_path / "parts")
+    drawn = train_vae.crops
+    calls: list[int] = []
+
+    def crops_once(*given: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise PulledPlugError
+        return drawn(*given)
+
+    monkeypatch.setattr(train_vae, "crops", crops_once)
+    with pytest.raises(PulledPlugError):
+        train_vae.train(stopped)
+    monkeypatch.setattr(train_vae, "crops", drawn)
+    again = train_vae.train(stopped)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+    whole.save_pretrained(tmp_path / "vae")
+    decoder = train_vae.train(replace(config, out=tmp_path / "decoder", decoder_of=tmp_path / "vae"))
+    same = [torch.equal(a, b) for a, b in zip(whole.encoder.parameters(), decoder.encoder.parameters(), strict=True)]
+    other = [torch.equal(a, b) for a, b in zip(whole.decoder.parameters(), decoder.decoder.parameters(), strict=True)]
+    assert all(same)
+    assert not all(other)
+
+
+def test_training_never_sees_a_held_out_caption_and_every_word_is_one_token() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [scene for scene in (world.sample_scene(rng) for _ in range(300)) if train_sd.learnable(scene)]
+    assert not any(world.is_held_out(train_sd.caption_of(scene, rng)) for scene in scenes)
+    tokenizer = captions.build_tokenizer()
+    words = [*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"]
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
