@@ -1,13 +1,15 @@
 """Explain a picture as sprites over a gradient: the mathematics of the reader (`read.py`).
 
-A picture is split into a background and D, its difference to it. A sprite with colour c = A t + B and mask alpha
-(`templates.py`) makes D = A t + B - alpha * background, so the energy that it explains of D is
+A picture is split into a background bg and D, its difference to it. A sprite with mask alpha shows A t + B u in each
+channel, with its tint t, white u = 1, and the maps A and B of its kind (`templates.py`). So it makes D = A t + B u - alpha bg,
+and with D' = D + alpha bg the energy of D that it explains is
 
-    gain = 2 D . (A t + B - alpha bg) - |A t + B - alpha bg|^2,
+    gain = |D|^2 - |D' - A t - B u|^2 = 2 t A.D' + 2 u B.D' - |A t + B u|^2 - alpha.(2 D bg + alpha bg^2),
 
-which for all places at once is a few correlations of D and of D . bg with A, B and alpha; the background changes with the
-row alone, so the terms without D are sums over rows. Energies are squared differences of colours in 0 to 1, summed over
-channels and pixels.
+which for all places at once is a few correlations of D and D bg with A, B and alpha; the background changes with the row
+alone, so the terms without D are sums over rows. Kinds are told apart with whatever t and u fit each channel best, so that
+wrong colours do not hide a right shape; the tint is then the one of the eight that is nearest. Energies are squares of
+colours in 0 to 1, summed over channels and pixels.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ BLAME = 0.5  # weight of what a square leaves unexplained against what it explai
 LEFT, PART = 0.02, 0.35  # energy of a pixel that is something; part of a square that makes it one thing
 FLOOR, MOST_NOISE = 0.0004, 0.003  # energy per pixel: of no account; noise at most (3 and 8 grey values per channel)
 MOST = 5  # proposals at most
+PALE = 0.3  # how firmly white stays white where it would fit better in another colour
+# Brightness and two axes of colour. Colour counts half, as for eyes and lossy coders, which change it first.
+EYE = np.array([[1, 1, 1], [0.5 * 1.5**0.5, -0.5 * 1.5**0.5, 0], [0.5**1.5, 0.5**1.5, -(0.5**0.5)]], np.float32)
 EVERY, REAL = list(range(len(SHAPES))), list(range(len(KINDS)))  # with and without the blobs
 
 Place = tuple[int, int, int, float]  # left, top and side in pixels of a canvas; turn in degrees
@@ -42,7 +47,7 @@ Square = tuple[float, float, float, float]  # centre x, y and side in short side
 class Canvas:
     """A picture at working size as foreground over background.
 
-    planes: three of picture minus background, their sum, and their dot product with the background; (5, H, W).
+    planes: three of picture minus background, and their dot product with the background; (4, H, W).
     rows: colour of the background's rows, (3, H).
     """
 
@@ -67,7 +72,7 @@ class Canvas:
     def region(self, x: int, y: int, width: int, height: int) -> Canvas:
         """A rectangle that may reach outside the picture; there it shows plain background."""
         w, h = self.size
-        planes = np.zeros((5, height, width), np.float32)
+        planes = np.zeros((4, height, width), np.float32)
         y0, y1, x0, x1 = max(y, 0), min(y + height, h), max(x, 0), min(x + width, w)
         planes[:, y0 - y : y1 - y, x0 - x : x1 - x] = self.planes[:, y0:y1, x0:x1]
         return Canvas(planes, self.rows[:, np.clip(np.arange(y, y + height), 0, h - 1)])
@@ -131,7 +136,7 @@ def split(picture: np.ndarray, line: np.ndarray) -> Canvas:
     over = np.ascontiguousarray((picture - rows[:, None]).transpose(2, 0, 1))
     rows = np.ascontiguousarray(rows.T)
     product = (over * rows[:, :, None]).sum(0)
-    return Canvas(np.concatenate([over, over.sum(0)[None], product[None]]), rows)
+    return Canvas(np.concatenate([over, product[None]]), rows)
 
 
 def _window_sums(plane: np.ndarray, side: int) -> np.ndarray:
@@ -140,35 +145,32 @@ def _window_sums(plane: np.ndarray, side: int) -> np.ndarray:
     return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
 
 
-def _gains(canvas: Canvas, t: Templates, kinds: list[int], step: int = 1, named: bool = False) -> np.ndarray:
-    """Energy explained by every kind at every place of a canvas.
+def _gains(canvas: Canvas, t: Templates, shapes: list[int], step: int = 1) -> np.ndarray:
+    """Energy that every shape explains at every place of a canvas, in the colours that fit best.
 
     Args:
         t: templates of one side s.
-        kinds: indices of the K kinds to try.
+        shapes: indices of the K shapes to try.
         step: distance between places in pixels.
-        named: try the eight tints, else whatever colour fits best.
 
     Returns:
-        Gains, shape (R, C, K) or, if `named`, (8, R, C, K), with R = (H - s) // step + 1 and so on.
+        Gains, shape (R, C, K), with R = (H - s) // step + 1 and so on.
     """
     side = round(t.a.shape[1] ** 0.5)
     windows = sliding_window_view(canvas.planes, (side, side), axis=(1, 2))[:, ::step, ::step]
-    r, c = windows.shape[1:3]
-    flat = windows.reshape(5, r * c, side * side)
+    size = (*windows.shape[1:3], len(shapes))
+    flat = windows.reshape(4, -1, side * side)
+    over, shaded = flat[:3].reshape(-1, side * side), flat[3]
     rows = sliding_window_view(canvas.rows, side, axis=1)[:, ::step]  # (3, R, side)
-    k = len(kinds)
-    x = (flat[:3].reshape(-1, side * side) @ t.a[kinds].T).reshape(3, r, c, k) + (rows @ t.rows_aa[kinds].T)[:, :, None]
-    y = (flat[3] @ t.b[kinds].T).reshape(r, c, k) + (rows.sum(0) @ t.rows_ab[kinds].T)[:, None]
-    z = 2 * (flat[4] @ t.alpha[kinds].T).reshape(r, c, k) + ((rows**2).sum(0) @ t.rows_al[kinds].T)[:, None]
-    x -= t.sum_ab[kinds]
-    rest = 2 * y - z - 3 * t.sum_bb[kinds]
-    aa = t.sum_aa[kinds]
-    if named:
-        cross = (TINT_COLOURS @ (2 * x).reshape(3, -1)).reshape(-1, r, c, k)
-        return cross - np.multiply.outer((TINT_COLOURS**2).sum(1), aa)[:, None, None] + rest
-    colour = np.clip(x / aa, 0, 1)
-    return ((2 * x - colour * aa) * colour).sum(0) + rest
+    a = (over @ t.a[shapes].T).reshape(3, *size) + (rows @ t.rows_aa[shapes].T)[:, :, None]
+    b = (over @ t.b[shapes].T).reshape(3, *size) + (rows @ t.rows_ab[shapes].T)[:, :, None]
+    covered = 2 * (shaded @ t.alpha[shapes].T).reshape(size) + ((rows**2).sum(0) @ t.rows_al[shapes].T)[:, None]
+    # Best colours per channel: [[aa, ab], [ab, bb]] (tint, white) = (a, b), where white is held near 1 by PALE.
+    aa, ab, bb = t.sum_aa[shapes], t.sum_ab[shapes], t.sum_bb[shapes]
+    held = (1 + PALE) * bb + 1e-3  # a blob has no white part
+    b += PALE * bb
+    gain = (held * a * a - 2 * ab * a * b + aa * b * b) / (aa * held - ab * ab) - PALE * bb
+    return gain.sum(0) - covered
 
 
 def proposals(canvas: Canvas, turns: tuple[float, ...] = (0.0,)) -> list[Square]:
@@ -214,7 +216,7 @@ def _search(
     real = [i for i, shape in enumerate(shapes) if shape < len(KINDS)]
     for x, y, side, turn in places:
         part = canvas.region(x - reach, y - reach, side + 2 * reach, side + 2 * reach)
-        gain = _gains(part, templates(side, turn), shapes, step, named=True).max(0)
+        gain = _gains(part, templates(side, turn), shapes, step)
         energy = _window_sums(part.energy, side)[::step, ::step] - canvas.noise * side**2
         share = np.minimum(gain / (np.maximum(energy, 0) + FLOOR * side**2)[..., None], 0.999)
         shares[shapes] = np.maximum(shares[shapes], share.max((0, 1)))
@@ -248,17 +250,25 @@ def _refine(canvas: Canvas, square: Square, turns: tuple[float, ...]) -> tuple[P
     return at, shares
 
 
-def look(canvas: Canvas, square: Square, turns: tuple[float, ...]) -> tuple[Square, str | None, str, float]:
-    """The square moved to where it fits best, with kind (None for a blob), tint and confidence."""
+def look(canvas: Canvas, square: Square, turns: tuple[float, ...]) -> tuple[Square, str | None, str | None, float]:
+    """The square moved to where it fits best, with kind and tint (None for a blob) and confidence."""
     (x, y, side, turn), shares = _refine(canvas, square, turns)
+    short = min(canvas.size)
+    moved = ((x + side / 2) / short, (y + side / 2) / short, side / short, turn)
     order = np.argsort(shares)[::-1]
+    if order[0] >= len(KINDS):
+        return moved, None, None, 0.0
     first, second = shares[order[:2]]
     confidence = max(0.0, float(first * (1 - (1 - first) / (1 - second))))
-    tint = _gains(canvas.region(x, y, side, side), templates(side, turn), order[:1].tolist(), named=True).argmax()
-    short = min(canvas.size)
-    kind = SHAPES[order[0]] if order[0] < len(KINDS) else None
-    moved = ((x + side / 2) / short, (y + side / 2) / short, side / short, turn)
-    return moved, kind, list(TINTS)[int(tint)], confidence
+    return moved, KINDS[order[0]], _tint(canvas.region(x, y, side, side), templates(side, turn), order[0]), confidence
+
+
+def _tint(part: Canvas, t: Templates, kind: int) -> str:
+    """The tint that leaves least of a square unexplained."""
+    alpha, a, b = t.alpha[kind], t.a[kind], t.b[kind]
+    seen = part.planes[:3].reshape(3, -1) + alpha * np.repeat(part.rows, len(part.rows[0]), axis=1)  # D'
+    left = seen - np.multiply.outer(TINT_COLOURS, a) - b  # (8, 3, s * s)
+    return list(TINTS)[int(((EYE @ left) ** 2).sum((1, 2)).argmin())]
 
 
 def leftover(canvas: Canvas) -> Square | None:

@@ -27,8 +27,8 @@ from .world import Clause, parse_caption
 
 __all__ = ["Found", "Reading", "Score", "read", "score"]
 
-COARSE, FINE = 24, 72  # short side in pixels for proposals and for refinement
-SURE, ENOUGH = 0.6, 0.3  # confidence at which an upright sprite is taken at once; at which a kind is named at all
+COARSE, FINE = 24, 44  # short side in pixels for proposals and for refinement
+SURE, ENOUGH = 0.4, 0.16  # confidence at which an upright sprite is taken at once; at which a kind is named at all
 UPRIGHT, TURNED, FINER = (0.0,), (-14.0, 0.0, 14.0), (-6.0, 6.0)  # degrees of proposals, and tried around them
 BACKING = 0.2  # share of the picture that must agree with a background for it to be named
 MOST = 8  # things listed at most
