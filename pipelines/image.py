@@ -80,7 +80,7 @@ def generate(
         cancel.check()
         return tensors
 
-    with _attention(pipe, recipe), _without_progress_bar(pipe), _told_memory(recipe):
+    with _attention(pipe, recipe), without_progress_bar(pipe), _told_memory(recipe):
         output = pipe(
             **_arguments(recipe, accepts),
             generator=torch.Generator("cpu").manual_seed(recipe.seed),
@@ -215,7 +215,7 @@ def _attention(pipe: Any, recipe: Recipe) -> contextlib.AbstractContextManager[A
 
 
 @contextlib.contextmanager
-def _without_progress_bar(pipe: Any) -> Iterator[None]:
+def without_progress_bar(pipe: Any) -> Iterator[None]:
     """Our events take the place of the pipeline's own bar."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})

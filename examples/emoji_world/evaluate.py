@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..pipelines.files import written_whole
+from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
 from .rates import Difference, Rate, difference, rate
 from .read import Score, read, score
@@ -253,8 +254,8 @@ def _generate(
     """One stock pipeline call; every picture has its own noise, whatever else is in the batch."""
     chosen = {} if guidance is None else {"guidance_scale": guidance}
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
-    pipe.set_progress_bar_config(disable=True)
-    values = pipe(captions, num_inference_steps=steps, generator=generators, output_type="np", **chosen).images
+    with without_progress_bar(pipe):
+        values = pipe(captions, num_inference_steps=steps, generator=generators, output_type="np", **chosen).images
     if not np.isfinite(values).all():
         raise RuntimeError("the model computed pictures that are not numbers (NaN); load it with dtype='float32'")
     return pipe.numpy_to_pil(values)

@@ -29,7 +29,9 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..pipelines.files import written_whole
 from . import captions, world
+from .train_vae import pixels
 
 CLOSE_UP = 10  # side of a close-up in lattice steps
 NOISE = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
@@ -77,11 +79,6 @@ def sample_close_up(rng: np.random.Generator) -> world.Scene:
         str(rng.choice(world.KINDS)), str(rng.choice(list(world.TINTS))), float(x), float(y), side / CLOSE_UP
     )
     return world.Scene(str(rng.choice(list(world.BACKGROUNDS))), (sprite,), light=float(rng.uniform(-1, 1)))
-
-
-def pixels(scene: world.Scene, side: int) -> np.ndarray:
-    """A scene as float32 (3, side, side) in [-1, 1]."""
-    return np.ascontiguousarray(np.asarray(world.draw(scene, side, side), np.float32).transpose(2, 0, 1)) / 127.5 - 1
 
 
 @torch.no_grad()
@@ -166,8 +163,8 @@ class Trainer:
     def save(self, step: int) -> None:
         state = {"unet": self.unet.state_dict(), "text": self.text.state_dict(), "ema": self.ema.state_dict(),
                  "optimizer": self.optimizer.state_dict(), "step": step}  # fmt: skip
-        torch.save(state, f"{self.state_file}.tmp")
-        Path(f"{self.state_file}.tmp").replace(self.state_file)
+        with written_whole(self.state_file) as (aside,):
+            torch.save(state, aside)
 
     def pool(self, name: str) -> tuple[list[world.Scene], Tensor]:
         """The scenes and latents of a stage; latents are encoded once and kept beside the state."""
@@ -176,9 +173,14 @@ class Trainer:
         if file.exists():
             rng = np.random.default_rng((self.config.seed, side))
             scenes, latents = [draw_scene(rng) for _ in range(self.config.pool)], torch.load(file, weights_only=True)
+            if len(latents) != len(scenes):
+                raise ValueError(
+                    f"{file} holds {len(latents)} pictures, the run wants {len(scenes)}; give that --pool, or delete it"
+                )
         else:
             scenes, latents = encode_pool(self.vae, draw_scene, side, self.config.pool, self.config.seed)
-            torch.save(latents, file)
+            with written_whole(file) as (aside,):
+                torch.save(latents, aside)
         keep = [i for i, scene in enumerate(scenes) if learnable(scene)]
         return [scenes[i] for i in keep], latents[keep]
 

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from ..pipelines.files import written_whole
 from . import world
 
 LATENT_CHANNELS = 16
@@ -145,10 +146,8 @@ def train(config: VaeConfig) -> AutoencoderKL:
             with open(config.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            torch.save(
-                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{state_file}.tmp"
-            )
-            Path(f"{state_file}.tmp").replace(state_file)
+            with written_whole(state_file) as (aside,):
+                torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, aside)
     return vae
 
 

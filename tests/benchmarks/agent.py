@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..attn_processors import AgentAttnProcessor, installed
 from ..attn_processors.context import context_of
+from ..pipelines.files import written_whole
 from .measure import Run, measured, surroundings
 
 __all__ = ["run", "table"]
@@ -87,7 +88,7 @@ def run(
     Raises ValueError for a time limit that is not positive.
     """
     if not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; 20 is enough on two cores.")
+        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
     began = time.monotonic()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bench = Bench(random_unet(TINY if quick else SD15, where), AgentAttnProcessor(), where)
@@ -112,8 +113,8 @@ def run(
     if not quick:
         result["goals"] = _goals(result, bench)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json_text.dumps(result, indent=2) + "\n")
+        with written_whole(out) as (aside,):
+            aside.write_text(json_text.dumps(result, indent=2) + "\n")
     print(json_text.dumps(result) if json else table(result))
     return result
 

@@ -103,3 +103,12 @@ def test_training_never_sees_a_held_out_caption_and_every_word_is_one_token() ->
     tokenizer = captions.build_tokenizer()
     words = [*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"]
     assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+
+
+def test_a_pool_of_another_size_is_refused_before_captions_meet_the_wrong_pictures(
+    vae_folder: Path, tmp_path: Path
+) -> None:
+    config = train_sd.SdConfig(vae=vae_folder, out=tmp_path, pool=3)
+    train_sd.Trainer(config).pool("close-ups")
+    with pytest.raises(ValueError, match="holds 3 pictures, the run wants 5"):
+        train_sd.Trainer(replace(config, pool=5)).pool("close-ups")
