@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reattend.emoji_world import captions, train_sd, train_vae, world
+from reattend.emoji_world import captions, muon, train_sd, train_vae, world
 
 # Kernels sum in an order that depends on threads and on where memory lies. AdamW then moves a parameter whose gradient is
 # such rounding noise by a whole step either way: twice the learning rate of a warm-up step, 2 * 4e-5.
@@ -60,8 +63,50 @@ def test_tiny_sd_training_resumes_across_both_stages(
 
 
 def state_of(trainer: train_sd.Trainer) -> list[torch.Tensor]:
-    moments = [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
+    states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers.values()]
+    moments = [value for state in states for row in state.values() for value in row.values()]
     return [*trainer.parameters, *trainer.ema.shadow_params, *moments]
+
+
+def test_two_processes_train_as_one(vae_folder: Path, tmp_path: Path) -> None:
+    config = train_sd.SdConfig(vae=vae_folder, out=tmp_path / "one", steps=2, close_up_steps=1, pool=8, batch=3)
+    one = train_sd.Trainer(config)
+    one.train()
+    flags = ["--vae", vae_folder, "--steps", "2", "--close-up-steps", "1", "--pool", "8", "--batch", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["reattend.emoji_world.train_sd", "--out", tmp_path / "two", *flags]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = train_sd.Trainer(replace(config, out=tmp_path / "two"))
+    assert two.done == 2
+    for a, b in zip(one.parameters, two.parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (24, 5), (8, 8)], ids=str)
+def test_muon_orthogonalizes_about_as_well_as_the_whole_iteration(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c = muon.COEFFICIENTS
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):  # the iteration as published, on the matrix itself
+        gram = x @ x.mT
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    torch.testing.assert_close(muon.orthogonalized(matrices), x, atol=1e-5, rtol=0)
+    assert (torch.linalg.svdvals(x) - 1).abs().max() < 0.35  # the quintic is tuned for speed: 0.7 to 1.2
+
+
+def test_muon_moves_kernels_by_the_size_of_an_adamw_step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(16, 4, 3, 3))
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    muon.Muon([weight], lr=0.1).step()
+    step = float(weight.detach().square().mean().sqrt())
+    assert 0.7 < step / (0.2 * 0.1) < 1.2  # the singular values reach 0.7 to 1.2
+
+
+def test_times_cover_the_schedule_and_lean_to_the_noisy_side() -> None:
+    times = torch.cat([train_sd.sample_times(48, torch.Generator().manual_seed(seed)) for seed in range(50)])
+    assert times.min() >= 0 and times.max() <= 999
+    assert 0.55 < (times > 500).double().mean() < 0.68
+    assert ((times < 100).double().mean() - 1 / 30).abs() < 0.02  # a third of them uniform
 
 
 def test_vae_training_resumes_and_decoder_training_keeps_the_latents(
