@@ -21,6 +21,7 @@ if __name__ != "reattend.attn_processors":
 if TYPE_CHECKING:
     from .agent import AgentAttnProcessor
     from .binding import pluggable
+    from .clear import ClearAttnProcessor
     from .compat import BackendUnavailable
     from .context import Context
     from .families import UnsupportedModel
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
-_METHODS = {"agent": "AgentAttnProcessor"}  # short name -> class
+_METHODS = {"agent": "AgentAttnProcessor", "clear": "ClearAttnProcessor"}  # short name -> class
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
     "AttnMethod": "method",
     "BackendUnavailable": "compat",
+    "ClearAttnProcessor": "clear",
     "Context": "context",
     "Displaced": "installer",
     "Handle": "installer",
@@ -54,6 +56,7 @@ __all__ = [
     "AgentAttnProcessor",
     "AttnMethod",
     "BackendUnavailable",
+    "ClearAttnProcessor",
     "Context",
     "Displaced",
     "Handle",

@@ -118,7 +118,7 @@ class AgentAttnProcessor(AttnMethod):
     fp32_logits: bool = False  # softmax in fp32; for models whose fp16 logits overflow (black pictures), as SD 2.1
 
     name: ClassVar[str] = "agent"
-    role: ClassVar[str] = "spatial"
+    roles: ClassVar[tuple[str, ...]] = ("spatial",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,13 +14,16 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
 
 __all__ = [
     "Attention",
     "AttnProcessor",
     "AttnProcessor2_0",
     "BackendUnavailable",
+    "JointAttnProcessor2_0",
+    "apply_rotary_emb",
     "dispatch_attention_fn",
     "require_backend",
     "why_not_xformers",

@@ -79,9 +79,11 @@ class Context:
 
     Refreshed by every call of the denoiser:
         grids: token count -> (height, width), for every level of the model
+        text: tokens of text that attend together with the picture's (0 where text has layers of its own)
+        references: tokens of reference pictures that follow the picture's own, in models that take them
         batch, frames: rows of the call, and pictures per row (1 for images)
         device: of the call
-        timestep: as it was passed, never converted here
+        timestep: as it was passed, never converted here; times `timestep_unit` it is the scheduler's
     `slots` holds what methods keep between `prepare` and their layers, under a key of their own. It is not copied with
     the model.
     """
@@ -90,9 +92,11 @@ class Context:
         self.model, self.family, self.pipeline = model, family, PipelineRef(pipe)
         self.installations: list[Installation] = []
         self.grids: dict[int, tuple[int, int]] = {}
+        self.text, self.references = 0, 0
         self.batch, self.frames = 0, 1
         self.device = torch.device("cpu")
         self.timestep: Tensor | float | None = None
+        self.timestep_unit = 1
         self.slots: dict[Any, Any] = {}
         self._warned: set[Any] = set()
         self._schedule: Tensor | None = None  # the scheduler's own object, and its values
@@ -168,14 +172,20 @@ class Context:
         return float(values[0])
 
     def _find(self, value: float) -> tuple[float, int | None]:
-        steps = self._scheduled()
+        steps = self._as_passed(self._scheduled())
         for start in (self._last, 0):  # at or after the last one; if it went back, from the start
             for index in range(start, len(steps)):
                 if math.isclose(steps[index], value, rel_tol=1e-4, abs_tol=1e-4):
                     self._last = index
                     return index / len(steps), index
         total = getattr(getattr(getattr(self.pipeline(), "scheduler", None), "config", None), "num_train_timesteps", 0)
-        return min(max(1 - value / (total or TRAIN_STEPS), 0.0), 1 - 1e-6), None
+        return min(max(1 - value * self.timestep_unit / (total or TRAIN_STEPS), 0.0), 1 - 1e-6), None
+
+    def _as_passed(self, steps: list[float]) -> list[float]:
+        """The scheduler's timesteps as the model gets them: in its unit, and rounded as its half precision rounds."""
+        if self.timestep_unit == 1 or not isinstance(self.timestep, Tensor):
+            return [step / self.timestep_unit for step in steps]
+        return torch.tensor(steps).to(self.timestep.dtype).div(self.timestep_unit).tolist()
 
     def _scheduled(self) -> list[float]:
         """Timesteps of the pipeline this denoiser is in, read at call time because people change schedulers."""

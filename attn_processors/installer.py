@@ -51,7 +51,10 @@ class Handle:
             for context, item in self.parts
             for swap in item.swaps
         ]
-        return Report(methods=tuple(methods.values()), layers=tuple(layers))
+        outlooks = (item.method.outlook(context, [swap.info for swap in item.swaps]) for context, item in self.parts)
+        return Report(
+            methods=tuple(methods.values()), layers=tuple(layers), outlook=tuple(line for line in outlooks if line)
+        )
 
     def verify(self) -> None:
         """Raise Displaced if a layer does not carry ours any more (attention slicing and others replace processors)."""
@@ -222,7 +225,7 @@ def _plan(model: nn.Module, methods: Sequence[AttnMethod], layers: LayerFilter |
     for method in methods:
         chosen[method] = []
         for info, module in family.layers(model):
-            if info.role != method.role or not method.wants(info) or not keep(info.name):
+            if info.role not in method.roles or not method.wants(info) or not keep(info.name):
                 continue
             if info.name in taken:
                 raise ValueError(
@@ -303,7 +306,7 @@ def _no_layer(models: Sequence[nn.Module], method: AttnMethod, layers: LayerFilt
     some = ", ".join(f"{info.name} ({info.role}, level {info.level})" for info in there[:4]) or "none"
     narrowed = "" if layers is None else f" within layers={layers!r}"
     return (
-        f"no layer for {method.name!r}: it wants {method.role} attention{narrowed}; "
+        f"no layer for {method.name!r}: it wants {' or '.join(method.roles)} attention{narrowed}; "
         f"{', '.join(sorted({type(model).__name__ for model in models}))} has {len(there)} layers: {some}"
         f"{' ...' if len(there) > 4 else ''}. Change the settings or layers=..."
     )

@@ -1,6 +1,6 @@
 """A method is settings plus mathematics.
 
-A method knows nothing about model classes. It says which layers it is for (`role`, `wants`) and turns one opened
+A method knows nothing about model classes. It says which layers it is for (`roles`, `wants`) and turns one opened
 attention call into the tokens that go into the output projection (`attend`). Everything that differs between models
 (projections, norms, where the grid comes from) is the business of a family; see `families`.
 
@@ -14,7 +14,7 @@ import ast
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ class LayerInfo:
     """What a family tells a method about one attention layer before anything runs."""
 
     name: str  # module path inside the denoiser
-    role: str  # "spatial", ...
+    role: str  # "spatial" (image tokens among themselves), "joint" (image and text tokens together)
     level: int  # 0 = the highest resolution that has attention of this role
     heads: int
     width: int  # heads * head dimension
@@ -47,8 +47,9 @@ class AttnMethod:
     on_mismatch: Literal["raise", "stock"] = "raise"  # tokens do not fit the grid: error, or the stock layer + warning
 
     name: ClassVar[str] = ""
-    role: ClassVar[str] = "spatial"
-    honours_mask: ClassVar[bool] = False  # True: `attend` uses `call.mask`; else a masked call is an error
+    roles: ClassVar[tuple[str, ...]] = ("spatial",)  # of the layers it is for
+    honours_mask: ClassVar[bool] = False  # True: `attend` uses any `call.mask`; else a masked call is an error
+    honours_padding: ClassVar[bool] = False  # True: it uses a mask that hides whole keys, bool of shape (B, 1, 1, N)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -57,7 +58,7 @@ class AttnMethod:
             object.__setattr__(self, field.name, coerce(getattr(self, field.name), hints[field.name], where))
 
     def wants(self, layer: LayerInfo) -> bool:
-        """True for the layers of its role that this method is for. Default: all of them."""
+        """True for the layers of its roles that this method is for. Default: all of them."""
         return True
 
     @property
@@ -86,6 +87,10 @@ class AttnMethod:
 
     def prepare(self, context: Context) -> None:
         """Called once per root call before any layer, outside compiled regions: draw indices, move tables."""
+
+    def outlook(self, context: Context, layers: Sequence[LayerInfo]) -> str:
+        """What the method is expected to save in these layers, in a line or a few for `Handle.report()`; may be empty."""
+        return ""
 
     def patches(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         """(module, attribute, replacement) triples that `install` sets and removal puts back."""

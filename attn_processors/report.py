@@ -28,6 +28,7 @@ class Report:
 
     methods: tuple[dict[str, Any], ...]  # name and settings
     layers: tuple[LayerReport, ...]
+    outlook: tuple[str, ...] = ()  # what it is expected to save, where a method can tell
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -42,4 +43,4 @@ class Report:
                 for layer in self.layers
                 if layer.method == method["name"]
             ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.outlook])

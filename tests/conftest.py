@@ -33,6 +33,16 @@ def sdxl() -> Any:
 
 
 @pytest.fixture
+def sd3() -> Any:
+    return tiny.fresh(tiny.sd3_pipeline())
+
+
+@pytest.fixture
+def flux() -> Any:
+    return tiny.fresh(tiny.flux_pipeline())
+
+
+@pytest.fixture
 def sd_controlnet() -> Any:
     return tiny.fresh(tiny.sd_controlnet())
 

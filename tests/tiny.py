@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 CHANNELS = (32, 64)
 TEXT_WIDTH = 32
@@ -45,14 +53,37 @@ def text_encoder(seed: int = 0, projection: bool = False) -> torch.nn.Module:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+@cache
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer whose pieces are single ASCII characters, 99 entries."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(i) for i in range(33, 128))]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=512)
+
+
+def t5_encoder(seed: int = 0, width: int = TEXT_WIDTH) -> torch.nn.Module:
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=t5_tokenizer().pad_token_id,
+        eos_token_id=t5_tokenizer().eos_token_id,
+    )
     torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-    ).eval()
+    return T5EncoderModel(config).eval()
+
+
+def vae(seed: int = 0, **changes: Any) -> AutoencoderKL:
+    config = {
+        "block_out_channels": CHANNELS,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+    }
+    torch.manual_seed(seed)
+    return AutoencoderKL(**(config | changes)).eval()
 
 
 def unet_config(**changes: Any) -> dict[str, Any]:
@@ -141,6 +172,73 @@ def sdxl() -> Any:
 
 
 @cache
+def sd3_pipeline() -> Any:
+    """Stable Diffusion 3 with two joint blocks, the first with a second attention; sides are multiples of 2 pixels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    text_width = 2 * TEXT_WIDTH  # both CLIP encoders side by side; T5 is as wide
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=text_width,
+        pooled_projection_dim=text_width,
+        out_channels=4,
+        pos_embed_max_size=64,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+    return quiet(
+        StableDiffusion3Pipeline(
+            vae=_flow_vae(),
+            text_encoder=text_encoder(projection=True),
+            text_encoder_2=text_encoder(1, projection=True),
+            text_encoder_3=t5_encoder(width=text_width),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(),
+            tokenizer_3=t5_tokenizer(),
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    )
+
+
+@cache
+def flux_pipeline() -> Any:
+    """Flux with one double and one single block; a token is 4 x 4 pixels, so 32 x 48 pixels are 8 x 12 tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * 4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    pipe = FluxPipeline(
+        vae=_flow_vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=t5_encoder(),
+        tokenizer=tokenizer(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+    pipe.default_sample_size = 16  # 32 x 32 pixels; the class assumes 128 latents and knows no config for it
+    return quiet(pipe)
+
+
+@cache
 def animatediff() -> Any:
     from diffusers import AnimateDiffPipeline, MotionAdapter
 
@@ -171,6 +269,34 @@ def denoise(model: torch.nn.Module, size: tuple[int, int] = (16, 16), batch: int
     text = torch.randn(batch, 77, TEXT_WIDTH, generator=draw).to(model.dtype)
     with torch.no_grad():
         return model(sample, torch.tensor(t), text).sample
+
+
+def image_ids(height: int, width: int, picture: int = 0, corner: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """Image ids of FLUX for one picture of height x width tokens, shape (N, 3)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([torch.full_like(rows, picture), rows + corner[0], columns + corner[1]], -1)
+    return places.reshape(-1, 3).float()
+
+
+def denoise_flux(
+    model: torch.nn.Module, ids: torch.Tensor, text: int = 7, batch: int = 1, **extra: Any
+) -> torch.Tensor:
+    """One call of a bare FLUX with seeded input."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(batch, len(ids), 16, generator=draw),
+            encoder_hidden_states=torch.randn(batch, text, TEXT_WIDTH, generator=draw),
+            pooled_projections=torch.randn(batch, TEXT_WIDTH, generator=draw),
+            timestep=torch.full((batch,), 0.5),
+            img_ids=ids,
+            txt_ids=torch.zeros(text, 3),
+            **extra,
+        ).sample
+
+
+def _flow_vae() -> AutoencoderKL:
+    return vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06)
 
 
 def _sd_parts() -> dict[str, Any]:

@@ -7,6 +7,8 @@ Classes are recognised by name, along the bases, so no model file is imported.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,12 @@ FAMILIES = {  # class name -> file
     "UNet3DConditionModel": "unet",
     "UNetMotionModel": "unet",
     "ControlNetModel": "unet",
+    "FluxTransformer2DModel": "flux",
+    "FluxControlNetModel": "flux",
+    "SD3Transformer2DModel": "sd3",
+    "SD3ControlNetModel": "sd3",
+    "PixArtTransformer2DModel": "pixart",
+    "DiTTransformer2DModel": "pixart",
 }
 
 
@@ -50,6 +58,19 @@ class Family:
         May be traced by torch.compile: store integers and references to tensors, convert nothing.
         """
         raise NotImplementedError
+
+
+def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
+    """What the root was called with under this name; pipelines mix positional and keyword arguments."""
+    if name in kwargs:
+        return kwargs[name]
+    place = _parameters(type(model)).index(name)
+    return args[place] if place < len(args) else None
+
+
+@functools.cache
+def _parameters(model_class: type) -> list[str]:
+    return list(inspect.signature(model_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def family_of(model: Any) -> Family:

@@ -1,0 +1,158 @@
+"""CLEAR: local attention, which makes a diffusion transformer linear in its image tokens (Liu et al., arXiv 2412.16112).
+
+An image token sees the image tokens nearer than a radius, and every text token; text tokens see everything. The cost
+grows with the number of tokens instead of its square. Up to a grid of about 2K pixels there is nothing to gain. Weights
+trained with full attention need a radius that covers what they rely on, or distillation (`reattend.distill`).
+
+The mathematics is in `ops`: which keys a query sees (`patterns`), pooled keys beside them (`pool`), and several ways
+to compute the same numbers (`local`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from .method import AttnMethod, LayerInfo
+from .ops.cost import attention_flops, dense_flops
+from .ops.layout import TokenLayout
+from .ops.local import choose, local_attention
+from .ops.patterns import Disc, Pattern, Square, TileWindow
+from .ops.pool import Pool
+from .ops.scale import softmax_scale
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .layer import LayerCall
+
+__all__ = ["ClearAttnProcessor"]
+
+LOCAL, DENSE = 0, 1  # phases
+ROUNDING = 1e-6  # progress is a quotient of step numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClearAttnProcessor(AttnMethod):
+    """Local attention in the self-attention of UNets and of PixArt, and in the joint attention of FLUX and SD3.
+
+    Any size, aspect ratio, batch and text length, in any order, in one process.
+
+    Raises ValueError for a number outside its range, TypeError for a value of the wrong type.
+    """
+
+    radius: float = 16.0  # in tokens, >= 1; an image token sees those nearer than this; 8, 16, 32 are published
+    pattern: Literal["disc", "square", "tile"] = (
+        "disc"  # disc: as published; square: sides 2 radius - 1; tile: whole tiles
+    )
+    tile: tuple[int, int] = (16, 16)  # rows and columns of a tile, for pattern="tile"
+    radii: tuple[tuple[str, float], ...] = ()  # (regular expression for layer names, radius): the first that fits wins
+    pool: int | None = None  # side of the cells whose mean every image token sees besides; None = no pooled keys
+    pool_budget: int | None = 1024  # most pooled keys there may be, which keeps them linear; None = no limit
+    scale: Literal["none", "tokens", "tokens_x10", "visible"] | float = (
+        "none"  # softmax scale away from the trained size
+    )
+    trained: tuple[int, int, int] = (64, 64, 512)  # rows, columns and text tokens the weights were trained with
+    start: float = 0.0  # fraction of the steps before which all tokens see each other, in [0, 1)
+    until: float = 1.0  # fraction of the steps after which they do again, in (0, 1]
+    backend: Literal["auto", "dense", "reference", "halo", "tile", "flex"] = "auto"  # who computes it; same numbers
+
+    name: ClassVar[str] = "clear"
+    roles: ClassVar[tuple[str, ...]] = ("spatial", "joint")
+    honours_padding: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for radius in (self.radius, *(radius for _, radius in self.radii)):
+            self.shape(radius)  # raises for a bad radius or tile
+        if self.pool is not None:
+            Pool(self.pool, self.pool_budget)
+        for expression, _ in self.radii:
+            try:
+                re.compile(expression)
+            except re.error as problem:
+                raise ValueError(f"radii: {expression!r} is no regular expression: {problem}.") from None
+        if min(self.trained[:2]) < 1 or self.trained[2] < 0:
+            raise ValueError(
+                f"trained is rows, columns and text tokens, got {self.trained}; FLUX at 1K: (64, 64, 512)."
+            )
+        if isinstance(self.scale, float) and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale as a number must be finite and > 0, got {self.scale}; 1 is the layer's own.")
+        if not 0 <= self.start < self.until <= 1:
+            raise ValueError(
+                f"start and until are fractions of the steps with 0 <= start < until <= 1, got {self.start} and "
+                f"{self.until}; start=0.25 keeps the first quarter dense."
+            )
+
+    def shape(self, radius: float) -> Pattern:
+        """The pattern for one radius."""
+        if self.pattern == "disc":
+            return Disc(radius)
+        if self.pattern == "tile":
+            return TileWindow(self.tile, radius)
+        if radius < 1 or radius != int(radius):
+            raise ValueError(f"pattern='square' needs a whole radius >= 1, got {radius}; its side is 2 radius - 1.")
+        return Square(2 * int(radius) - 1)
+
+    def pattern_of(self, layer: str) -> Pattern:
+        """The pattern of the layer with this name."""
+        own = (radius for expression, radius in self.radii if re.search(expression, layer))
+        return self.shape(next(own, self.radius))
+
+    @property
+    def phased(self) -> bool:
+        """True if some steps are dense."""
+        return (self.start, self.until) != (0.0, 1.0)
+
+    def phase(self, progress: float) -> int:
+        """LOCAL from `start` to just before `until`, DENSE elsewhere."""
+        begun, over = progress >= self.start - ROUNDING, self.until < 1 and progress >= self.until - ROUNDING
+        return LOCAL if begun and not over else DENSE
+
+    def outlook(self, context: Context, layers: Sequence[LayerInfo]) -> str:
+        """Operations of the attention layers against dense ones: on the last grid that ran, else at usual sizes."""
+        grids = list(context.grids.values()) or [(64, 64), (128, 128), (256, 256)]
+        device, lines = context.device.type, []
+        for height, width in grids:
+            ours = stock = 0
+            for layer in layers:
+                others = context.text + context.references if layer.role == "joint" else 0
+                layout, pattern = TokenLayout(height, width, before=others), self.pattern_of(layer.name)
+                backend = choose(layout, pattern, pool=self._pool, backend=self.backend, device=device)
+                ours += attention_flops(layout, pattern, backend, layer.width, pool=self._pool, device=device)
+                stock += dense_flops(layout, layer.width)
+            gain = stock / ours
+            text = f" and {context.text} text tokens" if context.text else ""
+            verdict = f"{gain:.1f} times fewer operations in these layers" if gain > 1.05 else "no gain at this size"
+            lines.append(f"clear on {height} x {width}{text}: {verdict}, by {backend!r}")
+        return "\n".join(lines)
+
+    @property
+    def _pool(self) -> Pool | None:
+        return None if self.pool is None else Pool(self.pool, self.pool_budget)
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        """Attention of one layer, (B, N, heads * head_dim)."""
+        if phase == DENSE:
+            return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
+        pattern = self.pattern_of(call.name)
+        rows, columns, text = self.trained
+        scale = call.scale * softmax_scale(
+            self.scale, 1, call.layout, pattern, trained=TokenLayout(rows, columns, before=text), pool=self._pool
+        )
+        out = local_attention(
+            call.q,
+            call.k,
+            call.v,
+            call.layout,
+            pattern,
+            pool=self._pool,
+            key_valid=None if call.mask is None else call.mask[:, 0, 0],
+            scale=scale,
+            backend=self.backend,
+            softmax=call.softmax,
+        )
+        return out.flatten(2)

@@ -1,0 +1,109 @@
+"""FLUX: double blocks, where text and image have projections of their own, and single blocks on one joined sequence.
+
+Order of tokens: text, picture, reference pictures (Kontext). The grid is in `img_ids`: column 0 tells the pictures of a
+call apart, columns 1 and 2 are row and column.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import apply_rotary_emb
+from ..method import LayerInfo
+from . import Family, argument
+from .joint import JointLayer
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+LAYER = re.compile(r"(?:single_)?transformer_blocks\.\d+\.attn")
+
+
+class FluxLayer(JointLayer):
+    """A layer of FLUX, around the method the same as diffusers' FluxAttnProcessor."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """Double block: (image (B, N, C), text (B, T, C)). Single block: the joined sequence, before its projection."""
+        if self.method is None:
+            self.refuse_blank()
+        single = encoder_hidden_states is None
+        call = None
+        if not self.neutral:
+            call = self.open(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, holds_text=single
+            )
+        if call is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        out = self.checked(call, self.attend(call))
+        if single:
+            return out
+        text, image = out.split_with_sizes([call.layout.before, out.shape[1] - call.layout.before], dim=1)
+        for layer in attn.to_out:  # linear, dropout
+            image = layer(image)
+        return image, attn.to_add_out(text)
+
+    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
+        return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+    def split(self, attn: Any, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, attn.head_dim))  # tensor parallelism leaves fewer heads than attn.heads
+
+
+class FluxFamily(Family):
+    layer = FluxLayer
+
+    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
+        return [
+            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
+            for name, module in model.named_modules()
+            if LAYER.fullmatch(name) and hasattr(module, "processor")
+        ]
+
+    def why_not(self, module: nn.Module) -> str | None:
+        name = type(module.processor).__name__
+        if name == "FluxAttnProcessor":
+            return None
+        remedy = {"FluxIPAdapterAttnProcessor": "call unload_ip_adapter() first"}.get(
+            name, "put the stock processor there first, or leave the layer out with layers=..."
+        )
+        return f"it carries {name}, which we would not know how to imitate; {remedy}"
+
+    def read(self, context: Context, args: tuple, kwargs: dict) -> None:
+        hidden_states = argument(context.model, args, kwargs, "hidden_states")
+        context.timestep, context.timestep_unit = argument(context.model, args, kwargs, "timestep"), 1000
+        context.batch, context.frames, context.device = hidden_states.shape[0], 1, hidden_states.device
+        context.text = argument(context.model, args, kwargs, "encoder_hidden_states").shape[1]
+        ids = argument(context.model, args, kwargs, "img_ids")
+        if context.slots.get("flux img_ids") is ids:  # the same object at every step: read it once
+            return
+        context.slots["flux img_ids"] = ids
+        grid = raster(ids[0] if ids.ndim == 3 else ids)
+        context.grids = {} if grid is None else {grid[0] * grid[1]: grid}
+        context.references = 0 if grid is None else ids.shape[-2] - grid[0] * grid[1]
+
+
+def raster(ids: Tensor) -> tuple[int, int] | None:
+    """(H, W) of the first picture in image ids of shape (N, 3); None if its tokens are not a full raster in order."""
+    rows = ids.detach().to("cpu", torch.float64)
+    others = (rows[:, 0] != rows[0, 0]).nonzero()
+    first = rows[: int(others[0]) if len(others) else len(rows), 1:]
+    first = first - first.amin(0)
+    height, width = (int(side) + 1 for side in first.amax(0))
+    if height * width != len(first):
+        return None
+    wanted = torch.cartesian_prod(torch.arange(height).double(), torch.arange(width).double())
+    return (height, width) if torch.equal(first, wanted) else None
+
+
+FAMILY = FluxFamily()

@@ -1,0 +1,103 @@
+"""What layers with joint attention share: image and text tokens in one softmax, with projections of their own each.
+
+The picture's tokens lie in raster order and are followed by those of reference pictures, if there are any. Text comes
+before or after them, as the model has it. Everything but the picture's own tokens is global to a local pattern.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layer import JointCall, LayerProcessor
+from ..ops.layout import TokenLayout
+
+
+class JointLayer(LayerProcessor):
+    """Base of the joint layers; a family adds `__call__` with the signature of its stock processor."""
+
+    text_first: ClassVar[bool] = True
+
+    def open(
+        self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any, holds_text: bool
+    ) -> JointCall | None:
+        """The call, or None after a warning if its tokens do not fit and the stock layer has to run.
+
+        holds_text: `x` is the whole sequence, text and image, already joined by the model.
+        """
+        context = self.context
+        if not context.grids:
+            self.mismatch("the model's call told no grid: its image ids are no full raster, or it was not called")
+            return None
+        ((tokens, (height, width)),) = context.grids.items()
+        image = tokens + context.references
+        texts = context.text if holds_text else 0 if text is None else text.shape[1]
+        if x.shape[1] != image + (texts if holds_text else 0):
+            self.mismatch(
+                f"{x.shape[1]} tokens are not the {height} x {width} of the picture, {context.references} of references"
+                f"{f' and {texts} of text' if holds_text else ''}"
+            )
+            return None
+        before, after = (texts, context.references) if self.text_first else (0, context.references + texts)
+        layout = TokenLayout(height, width, before=before, after=after)
+        valid, problem = key_validity(mask, x.shape[0], layout.tokens)
+        if mask is not None and problem is None and not (self.method.honours_mask or self.method.honours_padding):
+            problem = f"it got an attention_mask, which {type(self.method).__name__} cannot honour"
+        if problem is not None:
+            self.mismatch(problem)
+            return None
+        hidden = None if valid is None else valid[:, None, None]
+        return JointCall(self, attn, x, text, layout, rotary, hidden)
+
+    def checked(self, call: JointCall, out: Tensor) -> Tensor:
+        if call.unmerge is not None or out.shape[1] != call.layout.tokens:
+            raise ValueError(
+                f"layer {self.name!r}: {type(self.method).__name__}.attend returned {out.shape[1]} of "
+                f"{call.layout.tokens} tokens; joint layers need all of them."
+            )
+        return out
+
+    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
+        """Queries or keys (B, N, h, d) with the rotary embedding of the call; here there is none."""
+        return x
+
+    def project_q(self, attn: Any, x: Tensor) -> Tensor:
+        return _normed(attn.norm_q, self.split(attn, attn.to_q(x)))
+
+    def project_k(self, attn: Any, x: Tensor) -> Tensor:
+        return _normed(attn.norm_k, self.split(attn, attn.to_k(x)))
+
+    def project_v(self, attn: Any, x: Tensor) -> Tensor:
+        return self.split(attn, attn.to_v(x))
+
+    def project_text(self, attn: Any, text: Tensor, which: str) -> Tensor:
+        """Text tokens (B, T, C) as queries ("q"), keys ("k") or values ("v"), (B, T, h, d)."""
+        x = self.split(attn, getattr(attn, f"add_{which}_proj")(text))
+        return x if which == "v" else _normed(getattr(attn, f"norm_added_{which}", None), x)
+
+    def split(self, attn: Any, x: Tensor) -> Tensor:
+        """(B, N, h * d) -> (B, N, h, d)"""
+        return x.unflatten(-1, (attn.heads, -1))
+
+
+def key_validity(mask: Tensor | None, batch: int, total: int) -> tuple[Tensor | None, str | None]:
+    """(keys that may be seen, bool of shape (B, total); what is wrong) of an attention_mask that hides whole keys.
+
+    Only such masks have a meaning for every method: they come from padded text.
+    """
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != total or mask.shape[0] not in (1, batch):
+        return None, (
+            f"it got an attention_mask of shape {tuple(mask.shape)} and {mask.dtype}; one that hides whole keys is "
+            f"bool, (B, {total}) or (B, 1, 1, {total})"
+        )
+    return mask.expand(batch, total), None
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

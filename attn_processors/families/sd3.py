@@ -1,0 +1,86 @@
+"""Stable Diffusion 3 and 3.5: joint layers (picture, then text) and, in 3.5 medium, second layers of the picture alone."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..compat import Attention, JointAttnProcessor2_0
+from ..method import LayerInfo
+from . import Family, argument
+from .joint import JointLayer
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+LAYER = re.compile(r"transformer_blocks\.\d+\.attn(2?)")
+
+REMEDIES = {
+    "FusedJointAttnProcessor2_0": "call unfuse_qkv_projections() first",
+    "SD3IPAdapterJointAttnProcessor2_0": "load the pipeline without its IP-Adapter",
+}
+
+
+class SD3Layer(JointLayer):
+    """A layer of Stable Diffusion 3, around the method the same as diffusers' JointAttnProcessor2_0."""
+
+    text_first = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
+        """Joint: (image (B, N, C), text (B, T, C)). Without text (attn2): image alone."""
+        if self.method is None:
+            self.refuse_blank()
+        call = None
+        if not self.neutral:
+            call = self.open(attn, hidden_states, encoder_hidden_states, attention_mask, None, holds_text=False)
+        if call is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask)
+        out = self.checked(call, self.attend(call))
+        image, text = out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
+        for layer in attn.to_out:  # linear, dropout
+            image = layer(image)
+        if encoder_hidden_states is None:
+            return image
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+class SD3Family(Family):
+    layer = SD3Layer
+
+    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
+        found = []
+        for name, module in model.named_modules():
+            match = LAYER.fullmatch(name)
+            if match and isinstance(module, Attention):
+                role = "spatial" if match[1] else "joint"
+                info = LayerInfo(name=name, role=role, level=0, heads=module.heads, width=module.inner_dim)
+                found.append((info, module))
+        return found
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if type(module.processor) is JointAttnProcessor2_0:
+            return None
+        name = type(module.processor).__name__
+        remedy = REMEDIES.get(name, "put the stock processor there first, or leave the layer out with layers=...")
+        return f"it carries {name}, which we would not know how to imitate; {remedy}"
+
+    def read(self, context: Context, args: tuple, kwargs: dict) -> None:
+        hidden_states = argument(context.model, args, kwargs, "hidden_states")
+        context.timestep = argument(context.model, args, kwargs, "timestep")
+        context.batch, context.frames, context.device = hidden_states.shape[0], 1, hidden_states.device
+        text = argument(context.model, args, kwargs, "encoder_hidden_states")
+        context.text = 0 if text is None else text.shape[1]
+        patch = context.model.config.patch_size
+        height, width = (side // patch for side in hidden_states.shape[-2:])
+        context.grids = {height * width: (height, width)}
+
+
+FAMILY = SD3Family()
