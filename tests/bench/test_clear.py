@@ -1,0 +1,73 @@
+"""The benchmark of CLEAR runs every arm, keeps to its time limit, and its arms compute the same thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from reattend.attn_processors.ops.layout import TokenLayout
+from reattend.attn_processors.ops.local import local_attention
+from reattend.attn_processors.ops.patterns import Disc
+from reattend.bench import clear
+
+CPU = torch.device("cpu")
+
+
+def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
+    path = tmp_path / "new" / "clear.json"
+    result = clear.run(quick=True, out=path, device="cpu")
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert [(case["what"], case["tokens"]) for case in result["cases"]] == [("operator", 256), ("FLUX block", 64)]
+    printed = capsys.readouterr().out
+    for case in result["cases"]:
+        assert list(case["arms"]) == ["dense", "halo, r=4"]
+        assert case["arms"]["dense"]["times_faster_than_dense"] == 1
+        assert f"| {case['tokens']} | 2 x 16 | dense |" in printed
+    assert "goals" not in result
+
+
+def test_operations_per_token_hardly_grow_with_the_picture():
+    for row in clear.flops_per_token():
+        flops = row["flops_per_token"]
+        assert flops["8192"] / flops["2048"] < 1.1  # what is left is the smaller share of border tokens
+        assert flops["8192"] > flops["1024"]
+
+
+def test_no_time_left_is_told_not_guessed():
+    cases = clear.cases_for(CPU, quick=False)
+    goals = clear._goals(cases)
+    assert [goal["value"] for goal in goals] == [None] * 3
+    assert "not measured" in clear.table(
+        {**clear.run(quick=True, device="cpu"), "goals": goals, "cases": [clear._summary(case) for case in cases]}
+    )
+
+
+def test_floors_are_judged_by_the_median_ratio_within_rounds():
+    cases = clear.cases_for(CPU, quick=False)
+    case = next(case for case in cases if case.tokens == 16_384)
+    times = {clear.Arm(clear.DENSE): [8.0, 80.0, 9.0], clear.Arm(clear.HALO, 8): [1.0, 10.0, 1.0]}
+    case.runs = {arm: [clear.Run(seconds, None) for seconds in row] for arm, row in times.items()}
+    goal = clear._goals(cases)[0]
+    assert goal["value"] == 8 and goal["met"]
+
+
+def test_the_row_major_kernel_masks_as_we_do():
+    layout, pattern = TokenLayout(5, 9, before=7), Disc(2.5)
+    q, k, v = (torch.randn(1, layout.tokens, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    mask[layout.grid, layout.grid] = pattern.visible(layout)
+    want = local_attention(q, k, v, layout, pattern, backend="reference")
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    got = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    near = clear.near_rows(layout, pattern)
+    i, j = torch.meshgrid(torch.arange(layout.tokens), torch.arange(layout.tokens), indexing="ij")
+    assert torch.equal(near(None, None, i, j), mask)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_a_time_limit_must_be_positive(minutes):
+    with pytest.raises(ValueError, match="minutes must be positive"):
+        clear.run(minutes=minutes, quick=True)
