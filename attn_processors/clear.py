@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ClearAttnProcessor"]
 
 LOCAL, DENSE = 0, 1  # phases
+POOL_WEIGHTS = "pool_weights"  # trained weight map of the cells, shape (pool, pool), beside a layer's own parameters
 ROUNDING = 1e-6  # progress is a quotient of step numbers
 
 
@@ -150,6 +151,7 @@ class ClearAttnProcessor(AttnMethod):
             call.layout,
             pattern,
             pool=self._pool,
+            pool_weights=call.extra(POOL_WEIGHTS),
             key_valid=None if call.mask is None else call.mask[:, 0, 0],
             scale=scale,
             backend=self.backend,

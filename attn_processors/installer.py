@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,8 +178,14 @@ def remove_all(model: nn.Module) -> None:
             undo(context, item)
 
 
-def apply(plans: Sequence[tuple[nn.Module, Plan]], pipe: Any = None) -> Handle:
-    """Carry out plans; after an error nothing of them remains."""
+def apply(
+    plans: Sequence[tuple[nn.Module, Plan]], pipe: Any = None, parameters: Mapping[str, nn.Parameter] | None = None
+) -> Handle:
+    """Carry out plans; after an error nothing of them remains.
+
+    parameters: by name in the denoiser, put in place of its own until removal (the original objects come back); a name
+        the denoiser lacks is a new parameter, which its layer finds by `LayerCall.extra`.
+    """
     parts: list[tuple[Context, Installation]] = []
     try:
         for model, chosen in plans:
@@ -191,7 +197,7 @@ def apply(plans: Sequence[tuple[nn.Module, Plan]], pipe: Any = None) -> Handle:
                     item = Installation(method)
                     context.installations.append(item)
                     parts.append((context, item))
-                    _fill(context, item, layers)
+                    _fill(context, item, layers, parameters or {})
     except BaseException:
         Handle(tuple(parts)).remove()
         raise
@@ -203,6 +209,8 @@ def undo(context: Context, item: Installation) -> None:
     context.adopt()
     for patch in reversed(item.patches):
         if getattr(patch.module, patch.attribute, None) is patch.replacement:
+            if isinstance(patch.original, nn.Parameter):  # it missed a move of the model meanwhile
+                patch.original.data = patch.original.data.to(patch.replacement.device, patch.replacement.dtype)
             if patch.own:
                 setattr(patch.module, patch.attribute, patch.original)
             else:
@@ -251,7 +259,12 @@ def _check_free(family: Family, info: LayerInfo, module: nn.Module, replacing: b
         raise ValueError(f"layer {info.name!r} cannot take ours: {reason}.")
 
 
-def _fill(context: Context, item: Installation, layers: list[tuple[LayerInfo, nn.Module]]) -> None:
+def _fill(
+    context: Context,
+    item: Installation,
+    layers: list[tuple[LayerInfo, nn.Module]],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
     for info, module in layers:
         stock = module.processor
         if isinstance(stock, LayerProcessor):  # a retired one
@@ -262,9 +275,13 @@ def _fill(context: Context, item: Installation, layers: list[tuple[LayerInfo, nn
                 setattr(ours, attribute, getattr(stock, attribute))
         item.swaps.append(Swap(info, module, ours))
         module.set_processor(ours)
-    for module, attribute, replacement in item.method.patches(context.model):
+    replaced = []
+    for name, parameter in parameters.items():
+        path, _, attribute = name.rpartition(".")
+        replaced.append((context.model.get_submodule(path), attribute, parameter))
+    for module, attribute, replacement in [*item.method.patches(context.model), *replaced]:
         own = any(attribute in held for held in (vars(module), module._modules, module._parameters, module._buffers))
-        item.patches.append(Patch(module, attribute, replacement, getattr(module, attribute), own))
+        item.patches.append(Patch(module, attribute, replacement, getattr(module, attribute, None), own))
         setattr(module, attribute, replacement)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .families.joint import JointLayer
 
 
+EXTRA = "reattend_"  # begins the names of parameters that trained methods add to a layer
+
+
 class LayoutError(ValueError):
     """The tokens of a layer do not fit what the method needs to know about them (grid, mask)."""
 
@@ -106,6 +109,10 @@ class LayerCall:
 
     def to_v(self, x: Tensor) -> Tensor:
         return self._layer.project_v(self._attn, x)
+
+    def extra(self, name: str) -> Tensor | None:
+        """A trained parameter beside the layer's own (installed with the method), or None."""
+        return getattr(self._attn, EXTRA + name, None)
 
     def softmax(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None

@@ -17,9 +17,11 @@ STOCK = "stock"  # the choice that installs nothing
 METHOD_WORDS: dict[str, str] = {
     STOCK: "As the model was made (stock)",
     "agent": "Agent attention: faster on large pictures (agent)",
+    "clear": "Local attention: very large pictures with FLUX and SD3 (clear)",
 }
 
-FIRST: dict[str, tuple[str, ...]] = {"agent": ("ratio", "levels")}  # shown at once; the others unfold
+# What is shown at once; the others unfold.
+FIRST: dict[str, tuple[str, ...]] = {"agent": ("ratio", "levels"), "clear": ("radius", "pattern")}
 
 WORDS: dict[str, tuple[str, str]] = {
     # setting: (label, hint)
@@ -33,6 +35,20 @@ WORDS: dict[str, tuple[str, str]] = {
     "destinations": ("Which tokens stay put", "fixed: the centre of each cell; random: any"),
     "seed": ("Seed of the random tokens", "Its own; leaves the picture's seed alone"),
     "fp32_logits": ("Weights in full precision", "For models that give black pictures in half precision"),
+    "radius": (
+        "How far a spot looks",
+        "In tokens, 16 pixels each with FLUX; more is closer to the model as made, and slower",
+    ),
+    "pattern": ("Shape of the surroundings", "disc: as published; square; tile: whole tiles"),
+    "tile": ("Size of a tile", "Rows and columns in tokens, for the shape tile"),
+    "radii": ("Other radii in some layers", "Pairs of a pattern for layer names and a radius"),
+    "pool": ("A coarse view of everything", "Side of the cells that are averaged; empty is none"),
+    "pool_budget": ("How coarse at most", "Most averaged cells; empty is no limit"),
+    "scale": ("Sharpness away from the trained size", "none, tokens, tokens_x10, visible, or a number"),
+    "trained": ("Trained size", "Rows, columns and text tokens; some kinds of sharpness compare with it"),
+    "start": ("Begins after", "Share of the steps; before it the model's own attention"),
+    "until": ("Ends after", "Share of the steps; after it the model's own attention"),
+    "backend": ("Who computes it", "Same picture; auto takes the fastest that runs here"),
     "on_mismatch": ("If the picture's size does not fit", "raise: say so; stock: the model's own attention there"),
 }
 

@@ -1,0 +1,173 @@
+"""The folder of a trained model: what is saved comes back, removal is exact, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import denoise_flux, image_ids
+
+from reattend.attn_processors import ClearAttnProcessor, install
+from reattend.distill import load_linear, save_linear
+from reattend.distill.linear_folder import read_linear
+
+IDS = image_ids(8, 12)
+METHOD = ClearAttnProcessor(radius=3, backend="halo")
+
+
+def trained(model: torch.nn.Module, pool: int | None = None) -> dict[str, torch.Tensor]:
+    """Changed projections of every attention layer, and weight maps if pooled."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".attn.to_q." in name or ".attn.to_out.0." in name:
+            tensors[name] = parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=draw)
+    if pool:
+        layers = [name for name, _ in model.named_modules() if name.endswith(".attn")]
+        tensors |= {f"{name}.reattend_pool_weights": torch.rand(pool, pool, generator=draw) for name in layers}
+    return tensors
+
+
+@pytest.fixture
+def model(flux: Any) -> torch.nn.Module:
+    return flux.transformer
+
+
+@pytest.mark.parametrize("pool", [None, 2])
+def test_a_folder_installs_in_one_call_and_leaves_without_a_trace(model, tmp_path, pool):
+    stock, parameters, keys = denoise_flux(model, IDS), dict(model.named_parameters()), list(model.state_dict())
+    method = ClearAttnProcessor(radius=3, pool=pool)
+    tensors = trained(model, pool)
+    save_linear(tmp_path / "student", model, method, tensors, info={"steps": 10})
+    handle = load_linear(model, tmp_path / "student")
+    got = denoise_flux(model, IDS)
+    assert {layer.method for layer in handle.report().layers} == {"clear"}
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in tensors.items())
+    handle.remove()
+    assert torch.equal(denoise_flux(model, IDS), stock)
+    assert list(model.state_dict()) == keys
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    with torch.no_grad():  # the same by hand
+        for name, tensor in tensors.items():
+            if "reattend" not in name:
+                model.get_parameter(name).copy_(tensor)
+    if pool is None:
+        install(model, method)
+        assert torch.equal(denoise_flux(model, IDS), got)
+    else:
+        install(model, method)
+        assert not torch.equal(denoise_flux(model, IDS), got)  # the weight maps matter
+
+
+def test_removal_follows_the_model_to_another_type(model, tmp_path):
+    save_linear(tmp_path, model, METHOD, trained(model))
+    handle = load_linear(model, tmp_path)
+    model.to(torch.float64)
+    handle.remove()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_single_settings_may_be_replaced(model, tmp_path):
+    save_linear(tmp_path, model, METHOD, trained(model))
+    method, _, trained_on = read_linear(tmp_path, radius=5, backend="reference")
+    assert (method.radius, method.backend, trained_on) == (5.0, "reference", "FluxTransformer2DModel")
+
+
+def test_a_pipeline_takes_it_too_and_a_second_one_replaces_the_first(flux, tmp_path):
+    save_linear(tmp_path, flux.transformer, METHOD, trained(flux.transformer))
+    stock = denoise_flux(flux.transformer, IDS)
+    load_linear(flux, tmp_path)
+    once = denoise_flux(flux.transformer, IDS)
+    handle = load_linear(flux, tmp_path)
+    assert torch.equal(denoise_flux(flux.transformer, IDS), once)
+    handle.remove()
+    assert torch.equal(denoise_flux(flux.transformer, IDS), stock)
+
+
+@pytest.mark.parametrize("down", [None, 2])
+def test_files_published_with_clear_are_read(model, tmp_path, down):
+    tensors = {name: value for name, value in trained(model, down).items() if "reattend" not in name}
+    if down:
+        layers = [name for name, _ in model.named_modules() if name.endswith(".attn")]
+        for name in layers:
+            tensors[f"{name}.processor.spatial_weight"] = torch.rand(1, 1, 1, down, 1, down, 1)
+    file = tmp_path / (f"clear_local_3_down_{down}.safetensors" if down else "clear_local_3.safetensors")
+    save_file(tensors, file)
+    handle = load_linear(model, file)
+    (method,) = handle.report().methods
+    assert (method["radius"], method["pool"]) == (3.0, down)
+    assert method["pool_budget"] == (None if down else 1024)
+    if down:
+        weights = model.transformer_blocks[0].attn.reattend_pool_weights
+        assert torch.equal(weights, tensors["transformer_blocks.0.attn.processor.spatial_weight"].view(down, down))
+    denoise_flux(model, IDS)
+    handle.remove()
+
+
+def test_a_published_file_without_a_radius_in_its_name_wants_one(model, tmp_path):
+    save_file(trained(model), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="does not tell a radius"):
+        load_linear(model, tmp_path / "weights.safetensors")
+    load_linear(model, tmp_path / "weights.safetensors", radius=4).remove()
+
+
+def broken(folder: Path, what: str) -> None:
+    weights, config = folder / "student.safetensors", folder / "linear_config.json"
+    tensors, described = load_file(weights), json.loads(config.read_text())
+    name = next(iter(tensors))
+    if what == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif what == "changed":
+        save_file(tensors | {name: tensors[name] + 1}, weights)
+    elif what == "version":
+        config.write_text(json.dumps(described | {"version": 99}))
+    elif what == "json":
+        config.write_text("{")
+    elif what == "method":
+        config.write_text(json.dumps(described | {"method": {"name": "magic"}}))
+    elif what == "class":
+        config.write_text(json.dumps(described | {"model": "SD3Transformer2DModel"}))
+    else:
+        weights.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("cut", "no whole safetensors file"),
+        ("changed", "does not hold the tensors"),
+        ("version", "save it again"),
+        ("json", "not JSON"),
+        ("method", "'magic'"),
+        ("class", "trained on a SD3Transformer2DModel"),
+        ("gone", "give the folder"),
+    ],
+)
+def test_what_is_damaged_or_foreign_is_refused_and_nothing_changes(model, tmp_path, what, words):
+    stock = denoise_flux(model, IDS)
+    save_linear(tmp_path, model, METHOD, trained(model))
+    broken(tmp_path, what)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_linear(model, tmp_path)
+    assert torch.equal(denoise_flux(model, IDS), stock)
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"transformer_blocks.7.attn.to_q.weight": torch.zeros(32, 32)}, "has no parameter"),
+        ({"transformer_blocks.0.attn.to_q.weight": torch.zeros(32, 33)}, "32, 33"),
+        ({"nowhere.reattend_pool_weights": torch.zeros(2, 2)}, "has no parameter"),
+    ],
+    ids=["name", "shape", "extra"],
+)
+def test_parameters_the_model_lacks_are_named(model, tmp_path, tensors, words):
+    save_linear(tmp_path, model, METHOD, tensors)
+    with pytest.raises(ValueError, match=words):
+        load_linear(model, tmp_path)
+    assert not model._forward_pre_hooks
