@@ -239,10 +239,10 @@ def _near(
 ) -> Callable[..., Tensor]:
     """Mask function of the kernel that compares coordinates, int32."""
     height, width = layout.shape
-    y, x = key.to(device, torch.int32).unbind(dim=1)
+    y, x = (key[:, axis].to(device, torch.int32).contiguous() for axis in range(2))
     if isinstance(pattern, Disc):
         limit = min(pattern.limit, (height - 1) ** 2 + (width - 1) ** 2)
-        qy, qx = query.to(device, torch.int32).unbind(dim=1)
+        qy, qx = (query[:, axis].to(device, torch.int32).contiguous() for axis in range(2))
 
         def in_disc(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             dy, dx = qy[i] - y[j], qx[i] - x[j]

@@ -38,7 +38,7 @@ __all__ = ["Group", "Plan", "Softmax", "attend_tiles", "default_side", "global_i
 Softmax = Callable[..., Tensor]  # softmax(q, k, v, scale=..., mask=...): (B, M, h, d), mask additive or None
 
 ALIGN = 8  # keys per tile are a multiple of this wherever there is a mask
-# Gathered queries, keys and values held at once. A CPU is fastest when they stay in its cache.
+# Gathered queries, keys and values held at once; on a CPU more than this gains nothing clear.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "other": 256 * 2**20}
 
 
@@ -104,10 +104,8 @@ def plan_tiles(
         for rows, columns in _kinds(layout, pattern, side):
             origin = torch.cartesian_prod(torch.tensor(rows.starts), torch.tensor(columns.starts))  # (n, 2)
             query = torch.cartesian_prod(torch.arange(rows.length), torch.arange(columns.length))
-            key = torch.cartesian_prod(torch.arange(*rows.window), torch.arange(*columns.window))
+            key = _reached(layout, pattern, rows, columns)
             seen = pattern.sees((origin[0] + query)[:, None], (origin[0] + key)[None], layout.shape)
-            reached = seen.any(dim=0)
-            key, seen = key[reached], seen[:, reached]
 
             queries, keys = (
                 at[((origin[:, None] + place) * torch.tensor([layout.width, 1])).sum(dim=-1)] for place in (query, key)
@@ -133,11 +131,8 @@ def visited(layout: TokenLayout, pattern: Pattern, side: tuple[int, int]) -> flo
     """Grid keys multiplied per grid query, on average: what the plan costs, without making its tensors."""
     total = 0
     for rows, columns in _kinds(layout, pattern, side):
-        query = torch.cartesian_prod(torch.arange(rows.length), torch.arange(columns.length))
-        key = torch.cartesian_prod(torch.arange(*rows.window), torch.arange(*columns.window))
-        origin = torch.tensor([rows.starts[0], columns.starts[0]])
-        reached = pattern.sees((origin + query)[:, None], (origin + key)[None], layout.shape).any(dim=0)
-        total += len(rows.starts) * len(columns.starts) * len(query) * int(reached.sum())
+        tiles, queries = len(rows.starts) * len(columns.starts), rows.length * columns.length
+        total += tiles * queries * len(_reached(layout, pattern, rows, columns))
     return total / layout.grid_tokens
 
 
@@ -263,6 +258,17 @@ def _spans(pattern: Pattern, axis: int, size: int, side: int) -> list[_Spans]:
 def _kinds(layout: TokenLayout, pattern: Pattern, side: tuple[int, int]) -> Iterator[tuple[_Spans, _Spans]]:
     rows, columns = (_spans(pattern, axis, layout.shape[axis], side[axis]) for axis in range(2))
     return ((r, c) for r in rows for c in columns)
+
+
+def _reached(layout: TokenLayout, pattern: Pattern, rows: _Spans, columns: _Spans) -> Tensor:
+    """The keys that some query of such a tile sees, relative to its first token, int64, shape (keys, 2).
+
+    A key that any of them sees is seen by the nearest one, so only that is asked.
+    """
+    key = torch.cartesian_prod(torch.arange(*rows.window), torch.arange(*columns.window))
+    nearest = torch.minimum(key.clamp_min(0), torch.tensor([rows.length - 1, columns.length - 1]))
+    origin = torch.tensor([rows.starts[0], columns.starts[0]])
+    return key[pattern.sees(origin + nearest, origin + key, layout.shape)]
 
 
 def global_index(layout: TokenLayout) -> Tensor:

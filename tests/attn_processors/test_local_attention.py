@@ -129,7 +129,7 @@ def test_halo_is_exact_on_any_grid_with_any_tile(height, width, text, radius, si
     torch.testing.assert_close(got, oracle(q, k, v, layout, Disc(radius))[:, layout.grid], atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["halo", "tile", "reference"])
+@pytest.mark.parametrize("backend", ["halo", "tile"])
 def test_gradients_pass_gradcheck_with_globals_and_pooled_keys(backend, monkeypatch):
     monkeypatch.setattr(local, "default_side", lambda *_: 3)
     layout, pool = TokenLayout(5, 6, before=1, after=1), Pool(2, budget=4)
@@ -140,7 +140,7 @@ def test_gradients_pass_gradcheck_with_globals_and_pooled_keys(backend, monkeypa
     def call(q, k, v, weights):
         return local_attention(q, k, v, layout, pattern, pool=pool, pool_weights=weights, backend=backend)
 
-    assert torch.autograd.gradcheck(call, (*inputs, weights))
+    assert torch.autograd.gradcheck(call, (*inputs, weights), fast_mode=True)
 
 
 def test_recomputing_chunks_gives_the_gradients_of_keeping_them(small_tiles, monkeypatch):
@@ -313,7 +313,7 @@ def test_auto_takes_what_pays_off():
     assert choose(TokenLayout(128, 128), Disc(8)) == "halo"
     assert choose(TokenLayout(128, 128, 512), Disc(8), device="cuda") == "halo"
     assert choose(TokenLayout(128, 128), TileWindow()) == "tile"
-    assert choose(TokenLayout(400, 400), Disc(180)) == "halo"  # too large for a mask
+    assert choose(TokenLayout(130, 130), Disc(100)) == "halo"  # too large for a mask
 
 
 @pytest.mark.parametrize(
@@ -385,9 +385,7 @@ def test_visited_keys_are_those_of_the_cost_model(side, useful, visited):
 
 
 @pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize(
-    "layout", [LAYOUTS[2], LAYOUTS[4], LAYOUTS[6], TokenLayout(20, 36, 130, order="tile")], ids=str
-)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], TokenLayout(9, 10, 130)], ids=str)
 def test_the_mask_of_the_block_kernel_equals_the_oracle(layout, number, flex_without_compiler):
     pool, batch = POOLS[number], (1, 3, 1)[number]
     pattern = (Disc(4), Square(5), Square(7, "shift"))[number]
@@ -415,9 +413,10 @@ def test_the_block_lists_leave_out_no_visible_key_and_call_full_what_needs_no_ma
         assert not (partial & full).any()
         assert torch.equal(partial | full, blocks > 0)
         assert (blocks[full] == 128 * 128).all()
-        assert full.any() and (hides or not partial[:, 15].any())  # a whole block of globals needs no mask
+        assert full[:, 9].all() != hides and partial[:, 9].all() == hides  # a whole block of globals
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles CPU kernels with g++")
 def test_the_compiled_block_kernel_equals_the_oracle_on_a_cpu():
     layout = TokenLayout(20, 36, before=7)
