@@ -12,21 +12,24 @@ if __name__ != "reattend.pipelines":
 from .events import Cancelled, CancelToken, StepEvent
 from .load import ModelUnavailable, bundled, load
 from .recipe import Recipe
+from .stages import Upscale
 
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
     from .image import Picture, generate, preview
+    from .upscaling import upscale
 
 _HOME = {
     "Picture": ".image",
     "generate": ".image",
     "pluggable": "..attn_processors",
     "preview": ".image",
+    "upscale": ".upscaling",
 }
 
 __all__ = [
-    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent",
-    "bundled", "generate", "load", "pluggable", "preview",
+    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale",
+    "bundled", "generate", "load", "pluggable", "preview", "upscale",
 ]  # fmt: skip
 
 

@@ -26,6 +26,8 @@ class StepEvent:
         latents: the latents after this step, on the denoiser's device; read them only for a preview, change nothing.
         clip: index of the clip, 0 for a picture.
         clips: clips in all, 1 for a picture.
+        stage: index of the stage, 0 unless a picture is made in several sizes; steps count over all of them.
+        stages: stages in all; their sizes, so their time, grow from one to the next.
         seconds: time since the job began, in seconds.
         eta: estimated time until the last step ends, in seconds.
     """
@@ -35,6 +37,8 @@ class StepEvent:
     latents: Tensor | None
     clip: int = 0
     clips: int = 1
+    stage: int = 0
+    stages: int = 1
     seconds: float = 0.0
     eta: float | None = None
 

@@ -32,10 +32,17 @@ __all__ = ["Picture", "generate", "preview"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """A finished picture and the recipe that makes it again: nothing in the recipe is left to chance or defaults."""
+    """A finished picture and the recipe that makes it again: nothing in the recipe is left to chance or defaults.
+
+    Attributes:
+        image: the picture.
+        recipe: makes the same pixels again on a CPU.
+        smaller: the pictures it grew from, smallest first; empty if it was made in one go.
+    """
 
     image: Image.Image
     recipe: Recipe
+    smaller: tuple[Image.Image, ...] = ()
 
 
 def generate(
@@ -63,15 +70,57 @@ def generate(
     cancel = cancel or CancelToken()
     began = time.monotonic()
     cancel.check()
+    if recipe.upscale is not None:
+        raise ValueError(
+            "the recipe enlarges its picture, which generate does not do; call upscale (reattend upscale), or set the "
+            "recipe's upscale to None for the small picture"
+        )
     if pipe is None:
         pipe = load(recipe.model, dtype=recipe.dtype)
+    recipe = filled_in(recipe, pipe)
+    cancel.check()
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)  # type: ignore[arg-type]  # filled in
+    image = stock_call(pipe, recipe, generator, on_step=on_step, cancel=cancel, began=began)
+    return Picture(image=image, recipe=replace(recipe, width=image.width, height=image.height))
+
+
+def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
+    """The recipe with seed, guidance, numbers, model and versions as they will be used.
+
+    Raises:
+        ValueError: if `pipe` makes no pictures from text, or cannot do what the recipe asks for.
+    """
     accepts = inspect.signature(pipe.__call__).parameters
     _check_makes_pictures(pipe, accepts)
     recipe = _filled_in(recipe, pipe, accepts)
     for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
         _check_length(name, text, pipe, accepts)
-    cancel.check()
+    return recipe
 
+
+def stock_call(
+    pipe: Any,
+    recipe: Recipe,
+    generator: torch.Generator,
+    *,
+    on_step: Callable[[StepEvent], None] | None,
+    cancel: CancelToken,
+    began: float,
+    **more: Any,
+) -> Image.Image:
+    """One call of the stock pipeline with the recipe's attention inside, which is gone afterwards.
+
+    Args:
+        pipe: a text-to-image pipeline, or one that takes `more`.
+        recipe: a filled-in recipe; of its width and height only what `pipe` accepts is passed on.
+        generator: the source of chance, in place of the recipe's seed.
+        on_step, cancel: as for `generate`.
+        began: `time.monotonic()` when the work began.
+        more: further arguments of the call.
+
+    Raises:
+        as `generate`.
+    """
     clock = _Clock(began)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -80,15 +129,15 @@ def generate(
         cancel.check()
         return tensors
 
-    with _attention(pipe, recipe), without_progress_bar(pipe), _told_memory(recipe):
+    with attention_of(recipe, pipe), without_progress_bar(pipe), _told_memory(recipe):
         output = pipe(
-            **_arguments(recipe, accepts),
-            generator=torch.Generator("cpu").manual_seed(recipe.seed),
+            **_arguments(recipe, inspect.signature(pipe.__call__).parameters),
+            **more,
+            generator=generator,
             output_type="np",  # the values that a PIL image would be rounded from, so that NaN can be seen
             callback_on_step_end=after_step,
         )
-    image = _picture(output)
-    return Picture(image=image, recipe=replace(recipe, width=image.width, height=image.height))
+    return _picture(output)
 
 
 def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
@@ -200,7 +249,7 @@ def _arguments(recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict
     return {name: value for name, value in values.items() if value is not None and name in accepts}
 
 
-def _attention(pipe: Any, recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+def attention_of(recipe: Recipe, pipe: Any) -> contextlib.AbstractContextManager[Any]:
     """The recipe's attention inside the pipeline for the length of a with block."""
     if any(context_of(model) for model in denoisers(pipe)):
         raise ValueError(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks import STEPS, check_number, check_side, check_text, complete_attention
 from .files import written_whole
+from .stages import Upscale
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,8 +26,6 @@ __all__ = ["DTYPES", "Recipe"]
 FORMAT = "reattend recipe"
 VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
-SIDE = (8, 8192)  # smallest and largest width or height, in pixels
-STEPS = (1, 1000)  # schedulers are trained on 1000 timesteps
 GUIDANCE = (0.0, 100.0)
 SEED = (0, 2**63 - 1)
 PROMPT_LENGTH = 10_000  # characters
@@ -49,6 +48,7 @@ class Recipe:
         seed: the only source of chance; None draws one.
         attention: what replaces the stock attention: settings with a name, ({"name": "agent", "ratio": 0.4},).
         dtype: numbers the model computes in: "float32", "float16" or "bfloat16".
+        upscale: how `upscale` enlarges the picture after it was made at this width and height; None: it is not enlarged.
         made_with: versions, device, pipeline and scheduler that made the picture; information only.
 
     Raises:
@@ -66,24 +66,27 @@ class Recipe:
     seed: int | None = None
     attention: tuple[dict[str, Any], ...] = ()
     dtype: str | None = None
+    upscale: Upscale | None = None
     made_with: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
-            _check_text(name, getattr(self, name), PROMPT_LENGTH)
-        _check_text("model", self.model, 1_000)
+            check_text(name, getattr(self, name), PROMPT_LENGTH)
+        check_text("model", self.model, 1_000)
         if not self.prompt.strip():
             raise ValueError(f"prompt is empty: got {self.prompt!r}; say what the picture shows")
         for name in ("width", "height"):
-            _check_side(name, getattr(self, name))
-        _check_number("steps", self.steps, int, *STEPS)
+            check_side(name, getattr(self, name))
+        check_number("steps", self.steps, int, *STEPS)
         if self.guidance is not None:
-            _check_number("guidance", self.guidance, float, *GUIDANCE)
+            check_number("guidance", self.guidance, float, *GUIDANCE)
             object.__setattr__(self, "guidance", float(self.guidance))
         if self.seed is not None:
-            _check_number("seed", self.seed, int, *SEED)
+            check_number("seed", self.seed, int, *SEED)
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype is unknown: got {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.upscale is not None and not isinstance(self.upscale, Upscale):
+            raise TypeError(f"upscale must be an Upscale, got {self.upscale!r}; write Upscale(scale=2) or leave it out")
         if not isinstance(self.made_with, Mapping) or not all(
             isinstance(v, str) for kv in self.made_with.items() for v in kv
         ):
@@ -91,7 +94,7 @@ class Recipe:
                 f"made_with must map names to texts, got {self.made_with!r}; leave it out, it is only information"
             )
         object.__setattr__(self, "made_with", dict(self.made_with))
-        object.__setattr__(self, "attention", _complete_attention(self.attention))
+        object.__setattr__(self, "attention", complete_attention(self.attention))
 
     def to_json(self) -> str:
         """The recipe as indented JSON (ASCII), with the version of its format."""
@@ -120,7 +123,12 @@ class Recipe:
             raise ValueError("recipe has no prompt; add one")
         if not isinstance(values.get("attention", []), list):
             raise TypeError(f"recipe entry attention must be a list, got {values['attention']!r}")
-        return cls(**{**values, "attention": tuple(values.get("attention", ()))})
+        upscale = values.get("upscale")
+        if upscale is not None:
+            if not isinstance(upscale, dict):
+                raise TypeError(f"recipe entry upscale must be an object with settings, got {upscale!r}")
+            upscale = Upscale.from_settings(upscale)
+        return cls(**{**values, "attention": tuple(values.get("attention", ())), "upscale": upscale})
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -171,59 +179,11 @@ class Recipe:
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
             "Model": self.model,
             "Attention": " + ".join(_words(entry) for entry in self.attention) or None,
+            **(_upscale_words(self.upscale) if self.upscale else {}),
             "Version": f"reattend {self.made_with['reattend']}" if "reattend" in self.made_with else None,
         }
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value is not None)
         return "\n".join([self.prompt, *([f"Negative prompt: {self.negative}"] if self.negative else []), line])
-
-
-def _check_text(name: str, value: object, longest: int) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be text, got {value!r}")
-    if len(value) > longest:
-        raise ValueError(f"{name} is too long: got {len(value)} characters, at most {longest} are allowed; shorten it")
-
-
-def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise TypeError(
-            f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}"
-        )
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} is out of range: got {value}, need {low} to {high}")
-
-
-def _check_side(name: str, value: object) -> None:
-    if value is None:
-        return
-    low, high = SIDE
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of pixels, got {value!r}")
-    if not low <= value <= high or value % 8:
-        near = min(max(round(value / 8) * 8, low), high)
-        raise ValueError(
-            f"{name} does not work: got {value} pixels, need a multiple of 8 from {low} to {high}; try {near}"
-        )
-
-
-def _complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
-    """Each entry with all its settings, checked by the attention it names."""
-    if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise TypeError(f'attention must be a list like [{{"name": "agent", "ratio": 0.4}}], got {entries!r}')
-    if not entries:
-        return ()
-    from ..attn_processors import ATTN_PROCESSORS
-
-    complete = []
-    for entry in entries:
-        settings = dict(entry)
-        name = settings.pop("name", None)
-        if not isinstance(name, str) or name not in ATTN_PROCESSORS:
-            raise ValueError(
-                f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them"
-            )
-        complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
-    return tuple(complete)
 
 
 def _words(entry: Mapping[str, Any]) -> str:
@@ -234,6 +194,16 @@ def _words(entry: Mapping[str, Any]) -> str:
     return " ".join(
         [entry["name"], *(f"{key}={value}" for key, value in entry.items() if key != "name" and value != usual[key])]
     )
+
+
+def _upscale_words(upscale: Upscale) -> dict[str, Any]:
+    """The growth of a picture in the words that other tools use for it."""
+    return {
+        "Denoising strength": upscale.strength,
+        "Hires upscale": upscale.scale,
+        "Hires resize": f"{upscale.sizes[-1][0]}x{upscale.sizes[-1][1]}" if upscale.sizes else None,
+        "Hires steps": upscale.steps,
+    }
 
 
 def _quoted(value: str) -> str:

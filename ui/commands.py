@@ -9,51 +9,21 @@ from __future__ import annotations
 import json as json_text
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
-from tyro.constructors import PrimitiveConstructorSpec
 
 from ..pipelines.recipe import Recipe
-
-if TYPE_CHECKING:
-    from ..pipelines.events import StepEvent
+from ..pipelines.stages import Upscale as Growth
+from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries
 
 __all__ = ["Command"]
 
 OUT = Path("out")
 DEFAULT_RECIPE = Recipe(prompt="-")
-
-
-def _optional(kind: Callable[[str], Any], words: str) -> PrimitiveConstructorSpec:
-    """How an option that may be left out is read: without tyro's `None` choice, and with a plain message."""
-
-    def read(texts: list[str]) -> Any:
-        try:
-            return kind(texts[0])
-        except ValueError:
-            raise ValueError(f"got {texts[0]!r}, need {words}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=read,
-        is_instance=lambda value: value is None or isinstance(value, kind),  # type: ignore[arg-type]
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _default(text: object) -> Any:
-    return arg(help_behavior_hint=f"(default: {text})")
-
-
-WHOLE = _optional(int, "a whole number")
-NUMBER = _optional(float, "a number")
-TEXT = _optional(str, "text")
-FILE = _optional(Path, "a file")
+DEFAULT_GROWTH = Growth()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +32,21 @@ class Image:
 
     prompt: Annotated[str | None, Positional, TEXT, arg(metavar="PROMPT", help_behavior_hint="")] = None
     """What the picture shows. May be left out with --recipe."""
-    recipe: Annotated[Path | None, FILE, _default("none")] = None
+    recipe: Annotated[Path | None, FILE, default("none")] = None
     """PNG or JSON file that reattend wrote: make that picture again. Other options change single values of it."""
-    model: Annotated[str | None, TEXT, _default(DEFAULT_RECIPE.model)] = None
+    model: Annotated[str | None, TEXT, default(DEFAULT_RECIPE.model)] = None
     """Bundled name, local diffusers folder, or hub id."""
-    negative: Annotated[str | None, TEXT, _default("none")] = None
+    negative: Annotated[str | None, TEXT, default("none")] = None
     """What the picture should not show."""
-    width: Annotated[int | None, WHOLE, _default("the model's own")] = None
+    width: Annotated[int | None, WHOLE, default("the model's own")] = None
     """In pixels, a multiple of 8."""
-    height: Annotated[int | None, WHOLE, _default("the model's own")] = None
+    height: Annotated[int | None, WHOLE, default("the model's own")] = None
     """In pixels, a multiple of 8."""
-    steps: Annotated[int | None, WHOLE, _default(DEFAULT_RECIPE.steps)] = None
+    steps: Annotated[int | None, WHOLE, default(DEFAULT_RECIPE.steps)] = None
     """Denoising steps; more = slower and finer."""
-    guidance: Annotated[float | None, NUMBER, _default("the model's own")] = None
+    guidance: Annotated[float | None, NUMBER, default("the model's own")] = None
     """How strongly the prompt is followed."""
-    seed: Annotated[int | None, WHOLE, _default("drawn, and told")] = None
+    seed: Annotated[int | None, WHOLE, default("drawn, and told")] = None
     """The only source of chance."""
     attention: Annotated[
         tuple[tuple[str, ...], ...],
@@ -86,15 +56,15 @@ class Image:
     """Attention to use in place of the stock one, for example: --attention agent ratio=0.4"""
     out: Path = OUT
     """Folder, or name of a PNG file."""
-    device: Annotated[str | None, TEXT, _default("the first of cuda, mps, cpu")] = None
+    device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
     """Where to compute."""
-    dtype: Annotated[str | None, TEXT, _default("float32 on a CPU, 16 bits on CUDA")] = None
+    dtype: Annotated[str | None, TEXT, default("float32 on a CPU, 16 bits on CUDA")] = None
     """Numbers to compute in: float32, float16 or bfloat16."""
     json: bool = False
     """Print one JSON object on stdout."""
 
     def run(self) -> None:
-        """Make the picture. Raises ValueError or TypeError for bad input, as early as possible."""
+        """Make the picture, in one go or in stages. Raises ValueError or TypeError for bad input, as early as possible."""
         from ..pipelines.files import check_writable, free_path
 
         recipe = self.to_recipe()
@@ -105,13 +75,13 @@ class Image:
             )
         check_writable(self.out)
         began = time.monotonic()
-        from ..pipelines.image import generate
-        from ..pipelines.load import load
+        quiet_libraries()  # before the imports: some of their notices come with those
+        from ..pipelines import generate, load, upscale
 
-        _quiet_libraries()
         pipe = load(recipe.model, device=self.device, dtype=recipe.dtype)
-        with _Bar() as bar:
-            picture = generate(recipe, pipe=pipe, on_step=bar)
+        make = generate if recipe.upscale is None else upscale
+        with Bar() as bar:
+            picture = make(recipe, pipe=pipe, on_step=bar)
         path = self.out if named else free_path(self.out, f"{recipe.prompt} {picture.recipe.seed}", ".png")
         image, sidecar = picture.recipe.save(picture.image, path)
         seconds = time.monotonic() - began
@@ -123,17 +93,75 @@ class Image:
 
     def to_recipe(self) -> Recipe:
         """The recipe of `--recipe` or the default one, with the options that were given."""
+        return self._recipe({"attention": self._attention()} if self.attention else {})
+
+    def _recipe(self, given: dict[str, Any]) -> Recipe:
         names = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.attention:
-            given["attention"] = tuple(_attention(*words) for words in self.attention)
+        given |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.recipe is not None:
             return replace(Recipe.read(self.recipe), **given)
         if "prompt" not in given:
             raise ValueError(
-                'no prompt was given: say what the picture shows, as in reattend image "a blue car on sand"'
+                "no prompt was given: say what the picture shows, as in "
+                f'reattend {type(self).__name__.lower()} "a blue car on sand"'
             )
         return Recipe(**given)
+
+    def _attention(self) -> tuple[dict[str, str], ...]:
+        return tuple(attention_entry(*words) for words in self.attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upscale(Image):
+    """Make a picture and enlarge it in stages, each of which adds detail; write the largest as PNG with its recipe.
+
+    Start from a text, from the recipe of a picture that reattend made, or from any picture file (--source). Width and
+    height are those of the first picture.
+    """
+
+    scale: Annotated[float | None, NUMBER, default(f"{DEFAULT_GROWTH.scale:g}")] = None
+    """How many times wider and higher, above 1 up to 16; in stages of at most 2."""
+    size: Annotated[
+        tuple[str, ...],
+        UseAppendAction,
+        arg(metavar="WIDTHxHEIGHT", help_behavior_hint="(default: what --scale says; repeatable)"),
+    ] = ()
+    """Size of a later stage in pixels, in place of --scale: --size 1024x768 --size 2048x1536"""
+    strength: Annotated[float | None, NUMBER, default(DEFAULT_GROWTH.strength)] = None
+    """How much a stage may change the picture, above 0 up to 1; less stays closer to it, more adds detail."""
+    later_steps: Annotated[int | None, WHOLE, default("as --steps")] = None
+    """Denoising steps of a later stage at strength 1."""
+    attention: Annotated[
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: that of --recipe, or stock; repeatable)"),
+    ] = ()
+    """Attention of the later stages, for example: --attention agent ratio=0.4"""
+    shift: Annotated[float | None, NUMBER, default("the model's own")] = None
+    """Noise shift of the later stages, for models with a flow-matching scheduler; more changes the picture more."""
+    rope_theta_scale: Annotated[float | None, NUMBER, default("10 from twice the model's own size on, else 1")] = None
+    """Factor on the base of the rotary embedding in the later stages; more works against repeated motifs."""
+    tile_from: Annotated[int | None, WHOLE, default(DEFAULT_GROWTH.tile_from)] = None
+    """Pixels of the longer side from which the VAE works in tiles, which takes less memory."""
+    source: Annotated[Path | None, FILE, default("none")] = None
+    """Picture file to enlarge, in place of a first picture; the prompt says what it shows."""
+
+    def to_recipe(self) -> Recipe:
+        """The recipe of `--recipe` or the default one, with the options that were given, and how its picture grows."""
+        recipe = self._recipe({})
+        names = {"strength": "strength", "steps": "later_steps", "shift": "shift", "tile_from": "tile_from"}
+        names |= {"rope_theta_scale": "rope_theta_scale"}
+        given: dict[str, Any] = {
+            name: getattr(self, option) for name, option in names.items() if getattr(self, option) is not None
+        }
+        if self.attention:
+            given["attention"] = self._attention()
+        if self.scale is not None or self.size:
+            given |= {"scale": self.scale, "sizes": tuple(_size(text) for text in self.size)}
+        if self.source is not None:
+            given["source"] = str(self.source)
+            recipe = replace(recipe, width=self.width, height=self.height)  # those of --recipe are of its own picture
+        return replace(recipe, upscale=replace(recipe.upscale or DEFAULT_GROWTH, **given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +185,7 @@ class Evaluate:
     """Held-out captions."""
     steps: int = DEFAULT_RECIPE.steps
     """Denoising steps."""
-    guidance: Annotated[float | None, NUMBER, _default("the model's own")] = None
+    guidance: Annotated[float | None, NUMBER, default("the model's own")] = None
     """How strongly the caption is followed."""
     seed: int = 0
     """Chooses captions and noise."""
@@ -165,9 +193,9 @@ class Evaluate:
     """Pictures in one call; more = faster and more memory."""
     out: Path = OUT / "evaluate"
     """Folder for results, summary and a contact sheet."""
-    device: Annotated[str | None, TEXT, _default("the first of cuda, mps, cpu")] = None
+    device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
     """Where to compute."""
-    dtype: Annotated[str | None, TEXT, _default("float32 on a CPU, 16 bits on CUDA")] = None
+    dtype: Annotated[str | None, TEXT, default("float32 on a CPU, 16 bits on CUDA")] = None
     """Numbers to compute in: float32, float16 or bfloat16."""
     json: bool = False
     """Print one JSON object on stdout."""
@@ -178,7 +206,7 @@ class Evaluate:
 
         # What `Recipe` checks is checked by it: attention, steps, guidance, seed.
         checked = replace(DEFAULT_RECIPE, steps=self.steps, guidance=self.guidance, seed=self.seed)
-        attention = [_attention(*words) for words in self.attention]
+        attention = [attention_entry(*words) for words in self.attention]
         recipes = [replace(checked, attention=(entry,)) for entry in attention]
         if self.tomesd is not None and not 0 <= self.tomesd < 1:
             raise ValueError(
@@ -190,7 +218,7 @@ class Evaluate:
         from ..emoji_world.evaluate import Arm, evaluate, tomesd_arm
         from ..pipelines.load import load
 
-        _quiet_libraries()
+        quiet_libraries()
         names = ["-".join(words).replace("=", "-") for words in self.attention]
         arms = [Arm(name="stock")]
         arms += [Arm(name=name, attention=made.attention) for name, made in zip(names, recipes, strict=True)]
@@ -213,28 +241,29 @@ class Evaluate:
 class Bench:
     """Measure speed and memory against stock attention and against what one would use instead."""
 
-    what: Positional[Literal["agent"]]
-    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, with random weights."""
+    what: Positional[Literal["agent", "clear"]]
+    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, or CLEAR in a block of FLUX; random weights."""
     minutes: float = 20.0
     """Time limit; rounds that would not fit are left out."""
     quick: bool = False
-    """A tiny UNet at tiny sizes: tries everything in seconds and says nothing about speed."""
-    out: Annotated[Path | None, FILE, _default("none")] = None
+    """Tiny sizes: tries everything in seconds and says nothing about speed."""
+    out: Annotated[Path | None, FILE, default("none")] = None
     """JSON file to write as well."""
-    device: Annotated[str | None, TEXT, _default("cuda if there is one, else cpu")] = None
+    device: Annotated[str | None, TEXT, default("cuda if there is one, else cpu")] = None
     """Where to compute."""
     json: bool = False
     """Print one JSON object on stdout."""
 
     def run(self) -> None:
         """Measure. Raises ValueError for bad input."""
-        from ..bench.agent import run
+        from ..bench import agent, clear
         from ..pipelines.files import check_writable
         from ..pipelines.load import find_device
 
         if self.out is not None:
             check_writable(self.out)
         device = None if self.device is None else str(find_device(self.device))
+        run = {"agent": agent.run, "clear": clear.run}[self.what]
         run(minutes=self.minutes, quick=self.quick, json=self.json, out=self.out, device=device)
 
 
@@ -246,7 +275,7 @@ class Doctor:
     """Print one JSON object on stdout."""
 
     def run(self) -> None:
-        _quiet_libraries()
+        quiet_libraries()
         from .doctor import examine, table
 
         found = examine()
@@ -257,15 +286,15 @@ class Doctor:
 class Ui:
     """Open the page in a browser. Only this machine can reach it unless --share or --host say otherwise."""
 
-    model: Annotated[str | None, TEXT, _default("the bundled ones")] = None
+    model: Annotated[str | None, TEXT, default("the bundled ones")] = None
     """Local diffusers folder or hub id to offer besides the bundled models."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs --password."""
-    port: Annotated[int | None, WHOLE, _default("the first free one from 7860")] = None
+    port: Annotated[int | None, WHOLE, default("the first free one from 7860")] = None
     """Port to listen on."""
     share: bool = False
     """Make a public link for others. Needs --password."""
-    password: Annotated[str | None, TEXT, _default("none")] = None
+    password: Annotated[str | None, TEXT, default("none")] = None
     """What visitors must type."""
     out: Path = OUT
     """Folder for pictures; the only one the page can read."""
@@ -281,48 +310,19 @@ class Ui:
         )  # fmt: skip
 
 
+def _size(text: str) -> tuple[int, int]:
+    """A size as it is typed, such as 1024x768. Raises ValueError."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size cannot read {text!r}: write width x height in pixels, as in --size 1024x768")
+    return int(width), int(height)
+
+
 Command = (
     Annotated[Image, subcommand("image")]
+    | Annotated[Upscale, subcommand("upscale")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Ui, subcommand("ui")]
 )
-
-
-def _attention(name: str = "", *pairs: str) -> dict[str, str]:
-    """One `--attention NAME key=value ...`; the attention itself reads the values."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(
-                f"--attention {name} cannot read {pair!r}: settings are written key=value, "
-                "as in --attention agent ratio=0.4, and the prompt comes before --attention"
-            )
-    return {"name": name, **dict(pair.split("=", 1) for pair in pairs)}
-
-
-class _Bar:
-    """A progress bar with the time left on stderr, fed with step events; silent where stderr is no terminal."""
-
-    def __enter__(self) -> _Bar:
-        from tqdm import tqdm
-
-        self._bar = tqdm(unit="step", file=sys.stderr, disable=None, leave=False)
-        return self
-
-    def __call__(self, event: StepEvent) -> None:
-        self._bar.total = event.steps
-        self._bar.update(event.step - self._bar.n)
-
-    def __exit__(self, *problem: object) -> None:
-        self._bar.close()
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' bars and notices off a terminal that is ours; warnings about real trouble stay."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()

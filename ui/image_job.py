@@ -21,6 +21,7 @@ from ..pipelines.files import free_path
 from ..pipelines.image import generate, preview
 from ..pipelines.load import load
 from ..pipelines.recipe import Recipe
+from ..pipelines.upscaling import upscale
 from .attention_form import STOCK, as_text, settings_of
 from .jobs import Made, Progress, Session, one_line
 
@@ -59,7 +60,10 @@ class Previewer:
 
 
 class ImageJob:
-    """Makes pictures into one folder and keeps the model it used last. Only the worker thread may call it."""
+    """Makes pictures, in one go or in stages, into one folder and keeps the model it used last.
+
+    Only the worker thread may call it.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -73,10 +77,12 @@ class ImageJob:
 
         def on_step(event: StepEvent) -> None:
             image = show(event.latents) if event.step < event.steps else None
-            report(Progress("Drawing", event.step, event.steps, event.eta, image))
+            part = f"Size {event.stage + 1} of {event.stages}" if event.stages > 1 else None
+            report(Progress("Drawing", event.step, event.steps, event.eta, image, part))
 
         report(Progress("Working on the first step"))
-        picture = generate(recipe, pipe=pipe, on_step=on_step, cancel=token)
+        make = generate if recipe.upscale is None else upscale
+        picture = make(recipe, pipe=pipe, on_step=on_step, cancel=token)
         file, recipe_file = picture.recipe.save(picture.image, free_path(self.out, recipe.prompt, ".png"))
         return Made(file, recipe_file, picture.recipe, time.monotonic() - start)
 
@@ -88,10 +94,18 @@ class ImageJob:
         return self._loaded[1]
 
 
-def make_image(session: Session, form: Mapping[str, Any], models: Sequence[str]) -> Iterator[View]:
-    """After Generate: submit the form's recipe, yield views until the run has ended. Closing the iterator stops it."""
+def make_image(
+    session: Session,
+    form: Mapping[str, Any],
+    models: Sequence[str],
+    read: Callable[[Mapping[str, Any], Sequence[str]], Recipe] | None = None,
+) -> Iterator[View]:
+    """After Generate: submit the form's recipe, yield views until the run has ended. Closing the iterator stops it.
+
+    `read` reads the form of another tab; None is `read_form`.
+    """
     try:
-        run = session.start(read_form(form, models))
+        run = session.start((read or read_form)(form, models))
     except (ValueError, TypeError) as error:
         yield View(one_line(error), "bad", busy=session.busy)
         return
@@ -174,6 +188,8 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         ValueError, TypeError: the recipe asks for what this page cannot do.
     """
     check_model(recipe.model, models)
+    if recipe.upscale is not None:
+        raise ValueError("The recipe enlarges its picture; load it on the tab Upscale.")
     if len(recipe.attention) > 1:
         raise ValueError(
             f"The recipe combines {len(recipe.attention)} attentions and this page can hold one; "
@@ -188,10 +204,17 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     return form
 
 
-def load_recipe(path: Path, models: Sequence[str]) -> tuple[dict[str, Any], View]:
-    """Read a recipe from a picture or JSON file; the form's fields (none if it cannot be used) and what to say."""
+def load_recipe(
+    path: Path,
+    models: Sequence[str],
+    fill: Callable[[Recipe, Sequence[str]], dict[str, Any]] | None = None,
+) -> tuple[dict[str, Any], View]:
+    """Read a recipe from a picture or JSON file; the form's fields (none if it cannot be used) and what to say.
+
+    `fill` fills the form of another tab; None is `fill_form`.
+    """
     try:
-        form = fill_form(Recipe.read(path), models)
+        form = (fill or fill_form)(Recipe.read(path), models)
     except (ValueError, TypeError, OSError) as error:
         return {}, View(
             one_line(error).replace(str(path), path.name), "bad"
@@ -232,6 +255,17 @@ def whole(what: str, value: Any) -> int | None:
 def summary(recipe: Recipe) -> str:
     """A recipe's facts in one line."""
     size = f"{recipe.width} × {recipe.height}" if recipe.width and recipe.height else "model's own size"
-    attention = ", ".join(entry["name"] for entry in recipe.attention) or STOCK
+    attention = attention_words(recipe.attention)
+    if (growth := recipe.upscale) is not None:
+        size += (
+            f", then {growth.scale:g} times as large" if growth.scale else f", then {len(growth.sizes)} larger sizes"
+        )
+        size += f" at strength {growth.strength:g}"
+        if growth.attention is not None and growth.attention != recipe.attention:
+            attention += f", later {attention_words(growth.attention)}"
     guidance = "" if recipe.guidance is None else f", guidance {recipe.guidance:g}"
     return f"{recipe.model}, {size}, {recipe.steps} steps{guidance}, {attention} attention, seed {recipe.seed}"
+
+
+def attention_words(attention: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(entry["name"] for entry in attention) or STOCK

@@ -27,13 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run is doing: a stage in words; while steps run also their number, seconds left and a small preview."""
+    """What a run is doing: a stage in words; while steps run also their number, seconds left and a small preview.
+
+    `part` says which of several parts the steps are in, such as "Size 2 of 3"; steps count over all parts.
+    """
 
     stage: str
     step: int | None = None
     steps: int | None = None
     seconds_left: float | None = None
     preview: Image.Image | None = None
+    part: str | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -44,9 +48,11 @@ class Progress:
         """One line for the page; `age` is the time in seconds since this progress was reported."""
         if self.step is None or self.steps is None:
             return f"{self.stage}, {age:.0f} s" if age >= 1 else self.stage
+        line = f"{self.part}, step" if self.part else "Step"
+        line = f"{line} {self.step} of {self.steps}"
         if self.seconds_left is None:
-            return f"Step {self.step} of {self.steps}"
-        return f"Step {self.step} of {self.steps}, {duration(max(0.0, self.seconds_left - age))} left"
+            return line
+        return f"{line}, {duration(max(0.0, self.seconds_left - age))} left"
 
 
 @dataclass(frozen=True)

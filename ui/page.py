@@ -30,17 +30,17 @@ CSS = """
 .gradio-container > main { width: 100% !important; max-width: none !important; }
 #title h1 { font-size: 1.75rem; letter-spacing: -0.02em; margin: 0.5rem 0 0; }
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0.4rem; }
-#status, #status .html-container { padding: 0 !important; }
-#picture img { width: 100%; height: 100%; object-fit: contain; }
-#status .status {
+.status-line, .status-line .html-container { padding: 0 !important; }
+.shown-picture img { width: 100%; height: 100%; object-fit: contain; }
+.status-line .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;
   border: 1px solid var(--block-border-color); border-left: 4px solid var(--color-accent);
   border-radius: var(--radius-lg); background: var(--block-background-fill);
   color: var(--body-text-color); font-variant-numeric: tabular-nums;
 }
-#status .status.good { border-left-color: #16a34a; }
-#status .status.bad { border-left-color: #dc2626; }
+.status-line .status.good { border-left-color: #16a34a; }
+.status-line .status.bad { border-left-color: #dc2626; }
 .status .bar { height: 0.45rem; border-radius: 1rem; overflow: hidden; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); transition: width 0.3s; }
 .status .bar.unknown div { width: 30% !important; animation: to-and-fro 1.6s ease-in-out infinite alternate; }
@@ -75,14 +75,18 @@ def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
     import gradio as gr
 
     from .tabs.image import image_tab
+    from .tabs.upscale import upscale_tab
 
     with gr.Blocks(title="Reattend", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
             "# Reattend\nPictures from stock diffusers models, with the attention inside them exchanged.",
             elem_id="title",
         )
-        with gr.Tabs(), gr.Tab("Image", id="image"):
-            image_tab(worker, models)
+        with gr.Tabs():
+            with gr.Tab("Image", id="image"):
+                image_tab(worker, models)
+            with gr.Tab("Upscale", id="upscale"):
+                upscale_tab(worker, models)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
 
 

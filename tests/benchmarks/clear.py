@@ -120,7 +120,7 @@ def run(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     cases = cases_for(where, quick)
-    costs = {}
+    costs: dict[int, float] = {}
     for turn in range(1 if quick else ROUNDS):
         for index, case in enumerate(cases):
             left = minutes * 60 - (time.monotonic() - began)

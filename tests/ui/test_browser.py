@@ -226,3 +226,45 @@ def test_bad_input_is_answered_with_a_sentence_and_foreign_files_stay_closed(pag
     load_recipe(page, tmp_path / "other.json")
     expect(page.locator("#status .bad")).to_contain_text("not a recipe")
     assert page.request.get(f"{served.url}gradio_api/file={Path(__file__)}").status == 403
+
+
+def test_the_upscale_tab_enlarges_a_picture_and_a_recipe_of_the_other_tab_fills_it(page, tmp_path):
+    made = generate(page, prompt="a red cat", steps="2", width="24", height="16")
+    (tmp_path / "small.png").write_bytes(picture(page))
+    page.get_by_role("tab", name="Upscale").click()
+    with page.expect_file_chooser() as chooser:
+        page.locator("#upscale-load-recipe").click()
+    chooser.value.set_files(tmp_path / "small.png")
+    line = page.locator("#upscale-status [role=status]")
+    expect(line).to_contain_text("Recipe loaded")
+    expect(page.locator("#upscale-prompt textarea")).to_have_value("a red cat")
+    choose(page, "upscale-attention", "Agent attention")
+    expect(page.locator("#upscale-settings-agent")).to_be_visible()
+    expect(page.locator("#settings-agent")).to_be_hidden()
+    fill(page, **{"upscale-scale": "1.5"})
+    page.locator("#upscale-generate").click()
+    expect(line).to_contain_text("Done in")
+    keep_screenshot(page, "upscaled")
+    answer = page.request.get(page.locator("#upscale-picture img").get_attribute("src")).body()
+    assert Image.open(io.BytesIO(answer)).size == (40, 24)
+    large = recipe_in(answer)
+    assert (large.seed, large.prompt, large.attention) == (made.seed, "a red cat", ())
+    assert (large.upscale.scale, large.upscale.attention[0]["name"]) == (1.5, "agent")
+    with page.expect_download() as download:
+        page.locator("#upscale-save-recipe").click()
+    download.value.save_as(tmp_path / "recipe.json")
+    assert Recipe.read(tmp_path / "recipe.json") == large
+
+
+def test_stop_ends_enlarging_and_the_line_tells_the_size(page, gate):
+    page.get_by_role("tab", name="Upscale").click()
+    fill(page, **{"upscale-prompt": "a cat", "upscale-steps": "2", "upscale-width": "24", "upscale-height": "16"})
+    page.locator("#upscale-more button").first.click()
+    fill(page, **{"upscale-later-steps": "50"})
+    page.locator("#upscale-generate").click()
+    line = page.locator("#upscale-status [role=status]")
+    expect(line).to_contain_text("Size 1 of 2, step 2 of 37")
+    page.locator("#upscale-stop").click()
+    gate.opened.set()
+    expect(line).to_contain_text("Stopped at step")
+    expect(page.locator("#upscale-generate")).to_be_enabled()

@@ -1,0 +1,64 @@
+"""Checks of the values in a recipe. Each raises one sentence: what is wrong, what we got, what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["SIDE", "STEPS", "check_number", "check_side", "check_text", "complete_attention"]
+
+SIDE = (8, 8192)  # smallest and largest width or height, in pixels
+STEPS = (1, 1000)  # schedulers are trained on 1000 timesteps
+
+
+def check_text(name: str, value: object, longest: int) -> None:
+    """Raise TypeError or ValueError if `value` is no text of at most `longest` characters."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {value!r}")
+    if len(value) > longest:
+        raise ValueError(f"{name} is too long: got {len(value)} characters, at most {longest} are allowed; shorten it")
+
+
+def check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
+    """Raise TypeError or ValueError if `value` is no number of that kind (int or float) from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise TypeError(
+            f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}"
+        )
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} is out of range: got {value}, need {low} to {high}")
+
+
+def check_side(name: str, value: object) -> None:
+    """Raise TypeError or ValueError if `value` is neither None nor a possible width or height in pixels."""
+    if value is None:
+        return
+    low, high = SIDE
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of pixels, got {value!r}")
+    if not low <= value <= high or value % 8:
+        near = min(max(round(value / 8) * 8, low), high)
+        raise ValueError(
+            f"{name} does not work: got {value} pixels, need a multiple of 8 from {low} to {high}; try {near}"
+        )
+
+
+def complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
+    """Each entry with all its settings, checked by the attention it names. Raises TypeError or ValueError."""
+    if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise TypeError(f'attention must be a list like [{{"name": "agent", "ratio": 0.4}}], got {entries!r}')
+    if not entries:
+        return ()
+    from ..attn_processors import ATTN_PROCESSORS
+
+    complete = []
+    for entry in entries:
+        settings = dict(entry)
+        name = settings.pop("name", None)
+        if not isinstance(name, str) or name not in ATTN_PROCESSORS:
+            raise ValueError(
+                f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them"
+            )
+        complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
+    return tuple(complete)

@@ -1,0 +1,101 @@
+"""The upscale tab: a picture made in stages, each larger than the one before; `upscale_job` reads and fills its form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from ...pipelines.stages import Upscale
+from ..jobs import Session, Worker
+from ..upscale_job import fill_upscale_form, read_upscale_form
+from . import parts
+
+PREFIX = "upscale-"
+USUAL = Upscale()
+
+
+def upscale_tab(worker: Worker, models: Sequence[str]) -> None:
+    """Lay out the tab inside the current `gr.Blocks` and connect it.
+
+    Args:
+        worker: runs `ImageJob` for all sessions.
+        models: names or folders the page offers; the first is chosen.
+    """
+    session = gr.State(Session(worker), delete_callback=parts.stop_run)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=340):
+            form, groups = _controls(models)
+        with gr.Column(scale=6, min_width=340):
+            screen = parts.results(PREFIX)
+    parts.connect(session, form, groups, screen, parts.Form(read_upscale_form, fill_upscale_form, models))
+
+
+def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The left column: form fields by name, and the group of settings of each attention."""
+    form: dict[str, Any] = {}
+    parts.prompt_controls(form, PREFIX)
+    with gr.Group(), gr.Row():
+        form["scale"] = gr.Textbox(
+            value=f"{USUAL.scale:g}",
+            label="How many times larger",
+            info="Up to 16, in stages of at most 2 (scale)",
+            max_lines=1,
+            elem_id=f"{PREFIX}scale",
+        )
+        form["strength"] = gr.Slider(
+            0.05,
+            1,
+            value=USUAL.strength,
+            step=0.05,
+            label="How much a stage may change",
+            info="More adds detail, less stays closer (strength)",
+            elem_id=f"{PREFIX}strength",
+            buttons=[],
+        )
+    groups = parts.attention_controls(form, PREFIX, "What the attention layers compute in the larger sizes")
+    form["attention_first"] = gr.Checkbox(
+        label="Use this attention for the first size too",
+        elem_id=f"{PREFIX}attention-first",
+    )
+    parts.size_controls(form, PREFIX, of=" of the first size")
+    with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
+        _rare(form)
+        parts.more_controls(form, PREFIX, models)
+    parts.load_control(form, PREFIX)
+    return form, groups
+
+
+def _rare(form: dict[str, Any]) -> None:
+    """What few people change about the larger sizes."""
+    with gr.Row():
+        form["later_steps"] = gr.Textbox(
+            label="Steps of the larger sizes",
+            placeholder="as the first size",
+            info="Of these, the share that strength says is run",
+            max_lines=1,
+            elem_id=f"{PREFIX}later-steps",
+        )
+        form["tile_from"] = gr.Textbox(
+            value=str(USUAL.tile_from),
+            label="Save memory from this many pixels on",
+            info="Longer side from which the VAE works in tiles (tile_from)",
+            max_lines=1,
+            elem_id=f"{PREFIX}tile-from",
+        )
+    with gr.Row():
+        form["shift"] = gr.Textbox(
+            label="Noise in early steps",
+            placeholder="the model's own",
+            info="For flow models such as Flux; more changes more (shift)",
+            max_lines=1,
+            elem_id=f"{PREFIX}shift",
+        )
+        form["rope_theta_scale"] = gr.Textbox(
+            label="How near distant places look",
+            placeholder="10 where it is needed, else 1",
+            info="For models with a rotary embedding such as Flux (rope_theta_scale)",
+            max_lines=1,
+            elem_id=f"{PREFIX}rope-theta-scale",
+        )
