@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,9 +21,10 @@ from .method import AttnMethod, LayerInfo
 from .ops.cost import attention_flops, dense_flops
 from .ops.layout import TokenLayout
 from .ops.local import choose, local_attention
-from .ops.patterns import Disc, Pattern, Square, TileWindow
+from .ops.patterns import Dense, Disc, Pattern, Square, TileWindow
 from .ops.pool import Pool
 from .ops.scale import softmax_scale
+from .ops.strips import strip_attention
 
 if TYPE_CHECKING:
     from .context import Context
@@ -137,24 +138,28 @@ class ClearAttnProcessor(AttnMethod):
 
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         """Attention of one layer, (B, N, heads * head_dim)."""
-        if phase == DENSE:
+        if phase == DENSE and call.context.strip is None:
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
         pattern = self.pattern_of(call.name)
         rows, columns, text = self.trained
         scale = call.scale * softmax_scale(
-            self.scale, 1, call.layout, pattern, trained=TokenLayout(rows, columns, before=text), pool=self._pool
+            self.scale, 1, call.whole, pattern, trained=TokenLayout(rows, columns, before=text), pool=self._pool
         )
-        out = local_attention(
-            call.q,
-            call.k,
-            call.v,
-            call.layout,
-            pattern,
-            pool=self._pool,
-            pool_weights=call.extra(POOL_WEIGHTS),
-            key_valid=None if call.mask is None else call.mask[:, 0, 0],
-            scale=scale,
-            backend=self.backend,
-            softmax=call.softmax,
+        settings: dict[str, Any] = {
+            "pool": self._pool,
+            "pool_weights": call.extra(POOL_WEIGHTS),
+            "key_valid": None if call.mask is None else call.mask[:, 0, 0],
+            "scale": scale,
+            "softmax": call.softmax,
+        }
+        if (strip := call.context.strip) is not None:
+            if phase == DENSE:
+                pattern, settings = Dense(), settings | {"pool": None, "scale": call.scale}
+            return strip_attention(call.q, call.k, call.v, call.whole, pattern, strip, **settings).flatten(2)
+        return local_attention(call.q, call.k, call.v, call.layout, pattern, backend=self.backend, **settings).flatten(
+            2
         )
-        return out.flatten(2)
+
+    def strip_rows(self, layout: TokenLayout) -> int:
+        """Pooled blocks must not be cut."""
+        return 1 if self._pool is None else self._pool.factor * self._pool.merged(layout)

@@ -38,6 +38,9 @@ class LayerCall:
     x: Tensor  # (B, N, C), normalised as the stock processor normalises it
     grid: tuple[int, int]  # (H, W) of the picture; H * W == N unless the layer sees other tokens too
     layout: TokenLayout  # what the tokens of q, k and v are, in order
+    whole: (
+        TokenLayout  # the same for all ranks together, where `context.strip` splits the picture; else equal to `layout`
+    )
     mask: Tensor | None  # bool or additive, broadcastable to (B, h, N, N); None almost always
     unmerge: Callable[[Tensor], Tensor] | None  # (B, M, C) -> (B, N, C), applied after the output projection
 
@@ -52,7 +55,7 @@ class LayerCall:
     ):
         self._layer, self._attn = layer, attn
         self.x, self.grid, self.mask = x, grid, mask
-        self.layout = layout or TokenLayout(*grid)
+        self.layout = self.whole = layout or TokenLayout(*grid)
         self.unmerge = None
         self._q: Tensor | None = None
         self._k: Tensor | None = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .context import Context
     from .layer import LayerCall
+    from .ops.layout import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,10 @@ class AttnMethod:
     def outlook(self, context: Context, layers: Sequence[LayerInfo]) -> str:
         """What the method is expected to save in these layers, in a line or a few for `Handle.report()`; may be empty."""
         return ""
+
+    def strip_rows(self, layout: TokenLayout) -> int | None:
+        """Rows that stay together when the picture is split over ranks; None: the method cannot be split."""
+        return None
 
     def patches(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         """(module, attribute, replacement) triples that `install` sets and removal puts back."""

@@ -17,11 +17,13 @@ from .stages import Upscale
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
     from .image import Picture, generate, preview
+    from .splitting import patches
     from .upscaling import upscale
 
 _HOME = {
     "Picture": ".image",
     "generate": ".image",
+    "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
     "upscale": ".upscaling",
@@ -29,7 +31,7 @@ _HOME = {
 
 __all__ = [
     "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale",
-    "bundled", "generate", "load", "pluggable", "preview", "upscale",
+    "bundled", "generate", "load", "patches", "pluggable", "preview", "upscale",
 ]  # fmt: skip
 
 

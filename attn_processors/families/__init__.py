@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layer import LayerProcessor
 from ..method import LayerInfo
@@ -59,6 +60,16 @@ class Family:
         """
         raise NotImplementedError
 
+    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+        """Hook the model so that it computes on some rows of the picture only; returns handles with `remove`.
+
+        take: image tokens (B, N, ...) of the whole picture -> of this rank's rows, along dimension 1.
+        join: the way back. Both know the grid of the call, which is in the context by then.
+
+        Raises UnsupportedModel where the model cannot be split.
+        """
+        raise UnsupportedModel(f"{type(context.model).__name__} cannot be split over ranks yet; FLUX and SD3 can.")
+
 
 def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
     """What the root was called with under this name; pipelines mix positional and keyword arguments."""
@@ -66,6 +77,11 @@ def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
         return kwargs[name]
     place = _parameters(type(model)).index(name)
     return args[place] if place < len(args) else None
+
+
+def replaced(model: nn.Module, args: tuple, kwargs: dict, **values: Any) -> tuple[tuple, dict]:
+    """The root's arguments with some of them replaced; all become keywords."""
+    return (), {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs, **values}
 
 
 @functools.cache

@@ -7,6 +7,7 @@ call apart, columns 1 and 2 are row and column.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..compat import apply_rotary_emb
 from ..method import LayerInfo
-from . import Family, argument
+from . import Family, UnsupportedModel, argument, replaced
 from .joint import JointLayer
 
 if TYPE_CHECKING:
@@ -91,6 +92,25 @@ class FluxFamily(Family):
         grid = raster(ids[0] if ids.ndim == 3 else ids)
         context.grids = {} if grid is None else {grid[0] * grid[1]: grid}
         context.references = 0 if grid is None else ids.shape[-2] - grid[0] * grid[1]
+
+    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+        def before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+                if argument(model, args, kwargs, name) is not None:
+                    raise UnsupportedModel("a ControlNet's residuals cannot be split over ranks yet; leave it out.")
+            ids = argument(model, args, kwargs, "img_ids")
+            own = take(ids if ids.ndim == 3 else ids[None])
+            hidden_states = take(argument(model, args, kwargs, "hidden_states"))
+            return replaced(model, args, kwargs, hidden_states=hidden_states, img_ids=own if ids.ndim == 3 else own[0])
+
+        def after(model: nn.Module, args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (join(output[0]), *output[1:])
+            output.sample = join(output.sample)
+            return output
+
+        model = context.model
+        return [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
 
 
 def raster(ids: Tensor) -> tuple[int, int] | None:

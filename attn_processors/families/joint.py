@@ -6,6 +6,7 @@ before or after them, as the model has it. Everything but the picture's own toke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,9 @@ class JointLayer(LayerProcessor):
             self.mismatch("the model's call told no grid: its image ids are no full raster, or it was not called")
             return None
         ((tokens, (height, width)),) = context.grids.items()
+        if context.strip is not None:
+            first, end = context.strip.rows
+            height, tokens = end - first, (end - first) * width
         image = tokens + context.references
         texts = context.text if holds_text else 0 if text is None else text.shape[1]
         if x.shape[1] != image + (texts if holds_text else 0):
@@ -49,7 +53,10 @@ class JointLayer(LayerProcessor):
             self.mismatch(problem)
             return None
         hidden = None if valid is None else valid[:, None, None]
-        return JointCall(self, attn, x, text, layout, rotary, hidden)
+        call = JointCall(self, attn, x, text, layout, rotary, hidden)
+        if context.strip is not None:
+            call.whole = replace(layout, height=context.strip.parts[-1][1])
+        return call
 
     def checked(self, call: JointCall, out: Tensor) -> Tensor:
         if call.unmerge is not None or out.shape[1] != call.layout.tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -81,6 +82,14 @@ class SD3Family(Family):
         patch = context.model.config.patch_size
         height, width = (side // patch for side in hidden_states.shape[-2:])
         context.grids = {height * width: (height, width)}
+
+    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+        """Behind the patch embedding, whose positions need the whole picture, and before patches become a picture."""
+        model = context.model
+        return [
+            model.pos_embed.register_forward_hook(lambda module, args, output: take(output)),
+            model.proj_out.register_forward_hook(lambda module, args, output: join(output)),
+        ]
 
 
 FAMILY = SD3Family()

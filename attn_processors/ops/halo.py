@@ -83,28 +83,36 @@ def plan_tiles(
     pool: Pool | None,
     device: torch.device,
     dtype: torch.dtype,
+    rows: tuple[int, int] | None = None,
+    pooled_from: TokenLayout | None = None,
 ) -> Plan:
     """Index and mask tensors for a layout; the last eight are kept.
 
     Args:
         side: rows and columns of a tile.
         device, dtype: of the queries.
+        rows: [first, end) of the grid rows that have queries, and no others do, in raster order; None = all.
+        pooled_from: the layout whose grid is pooled, if `layout` is a part of it.
     """
+    if rows is not None and layout.order != "raster":
+        raise ValueError("queries of some rows only are in raster order; bring the tokens into it first.")
     with torch.inference_mode(False):  # tensors born in inference mode could never be used for training
         at = layout.positions()
         extra = [global_index(layout)]
         tail = [torch.zeros(layout.global_tokens, dtype=torch.float64)]
         if pool is not None:
-            extra.append(torch.arange(layout.tokens, layout.tokens + pool.keys(layout)))
-            bias = pool_bias(layout, pool)
-            tail.append(torch.zeros(pool.keys(layout), dtype=torch.float64) if bias is None else bias)
+            pooled = pool.keys(pooled_from or layout)
+            extra.append(torch.arange(layout.tokens, layout.tokens + pooled))
+            bias = pool_bias(pooled_from or layout, pool)
+            tail.append(torch.zeros(pooled, dtype=torch.float64) if bias is None else bias)
         others, weight = torch.cat(extra), torch.cat(tail)
 
         groups = []
-        for rows, columns in _kinds(layout, pattern, side):
-            origin = torch.cartesian_prod(torch.tensor(rows.starts), torch.tensor(columns.starts))  # (n, 2)
-            query = torch.cartesian_prod(torch.arange(rows.length), torch.arange(columns.length))
-            key = _reached(layout, pattern, rows, columns)
+        above = 0 if rows is None else rows[0] * layout.width  # grid tokens before the first query
+        for tall, wide in _kinds(layout, pattern, side, rows):
+            origin = torch.cartesian_prod(torch.tensor(tall.starts), torch.tensor(wide.starts))  # (n, 2)
+            query = torch.cartesian_prod(torch.arange(tall.length), torch.arange(wide.length))
+            key = _reached(layout, pattern, tall, wide)
             seen = pattern.sees((origin[0] + query)[:, None], (origin[0] + key)[None], layout.shape)
 
             queries, keys = (
@@ -120,7 +128,7 @@ def plan_tiles(
                 mask[:, len(key) : len(key) + len(others)] = weight
                 mask[:, len(key) + len(others) :] = float("-inf")
                 mask = mask.clamp_min(torch.finfo(dtype).min).to(device, dtype)[None, None]
-            groups.append(Group(queries.to(device), torch.cat(parts, dim=1).to(device), len(key), mask))
+            groups.append(Group((queries - above).to(device), torch.cat(parts, dim=1).to(device), len(key), mask))
         order = torch.cat([group.queries.view(-1) for group in groups])
         back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=device))
     return Plan(tuple(groups), back)
@@ -247,17 +255,22 @@ class _Spans:
     window: tuple[int, int]
 
 
-def _spans(pattern: Pattern, axis: int, size: int, side: int) -> list[_Spans]:
+def _spans(pattern: Pattern, axis: int, size: int, side: int, part: tuple[int, int] | None = None) -> list[_Spans]:
     kinds: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for start in range(0, size, side):
-        windows = (pattern.window(axis, i, size) for i in range(start, min(start + side, size)))
+    begin, stop = part or (0, size)
+    for start in range(begin, stop, side):
+        windows = (pattern.window(axis, i, size) for i in range(start, min(start + side, stop)))
         kinds.setdefault(tuple((first - start, end - start) for first, end in windows), []).append(start)
     return [_Spans(starts, len(windows), (windows[0][0], windows[-1][1])) for windows, starts in kinds.items()]
 
 
-def _kinds(layout: TokenLayout, pattern: Pattern, side: tuple[int, int]) -> Iterator[tuple[_Spans, _Spans]]:
-    rows, columns = (_spans(pattern, axis, layout.shape[axis], side[axis]) for axis in range(2))
-    return ((r, c) for r in rows for c in columns)
+def _kinds(
+    layout: TokenLayout, pattern: Pattern, side: tuple[int, int], rows: tuple[int, int] | None = None
+) -> Iterator[tuple[_Spans, _Spans]]:
+    tall, wide = (
+        _spans(pattern, axis, layout.shape[axis], side[axis], rows if axis == 0 else None) for axis in range(2)
+    )
+    return ((r, c) for r in tall for c in wide)
 
 
 def _reached(layout: TokenLayout, pattern: Pattern, rows: _Spans, columns: _Spans) -> Tensor:

@@ -57,18 +57,21 @@ class Pool:
         return _blocks(layout, self.factor * self.merged(layout))
 
 
-def pool_grid(x: Tensor, layout: TokenLayout, pool: Pool, weights: Tensor | None = None) -> Tensor:
+def pool_grid(
+    x: Tensor, layout: TokenLayout, pool: Pool, weights: Tensor | None = None, *, part_of: TokenLayout | None = None
+) -> Tensor:
     """Pool the grid tokens of a sequence; differentiable in `x` and `weights`.
 
     Args:
         x: keys or values of the whole sequence, shape (B, tokens, h, d).
         layout: where its grid tokens are.
         weights: w, shape (f, f); None = the mean.
+        part_of: the whole picture, if `layout` is a strip of its rows that cuts no block: its blocks are pooled.
 
     Returns:
         Pooled tokens, blocks in raster order, shape (B, P, h, d).
     """
-    f, m = pool.factor, pool.merged(layout)
+    f, m = pool.factor, pool.merged(part_of or layout)
     w = _weights(x, pool, weights)
     rows, columns = (math.ceil(size / f) for size in layout.shape)
     grid = x[:, layout.grid]
@@ -86,7 +89,7 @@ def pool_grid(x: Tensor, layout: TokenLayout, pool: Pool, weights: Tensor | None
         bottom, right = -rows % m, -columns % m
         blocks = F.pad(cells, (0, 0, 0, right, 0, bottom))
         blocks = blocks.view(x.shape[0], (rows + bottom) // m, m, (columns + right) // m, m, -1).sum(dim=(2, 4))
-        cells = blocks / _cells_per_block(layout, pool, x.device).to(x.dtype).unsqueeze(-1)
+        cells = blocks / _cells_per_block(layout, f, m, x.device).to(x.dtype).unsqueeze(-1)
     return cells.reshape(x.shape[0], -1, *x.shape[2:])
 
 
@@ -94,7 +97,7 @@ def pool_bias(layout: TokenLayout, pool: Pool, device: torch.device | None = Non
     """What to add to the logits of the pooled keys, fp64, shape (P,); None if nothing (m = 1)."""
     if pool.merged(layout) == 1:
         return None
-    return _cells_per_block(layout, pool, device).to(torch.float64).log().view(-1)
+    return _cells_per_block(layout, pool.factor, pool.merged(layout), device).to(torch.float64).log().view(-1)
 
 
 def pool_grid_reference(x: Tensor, layout: TokenLayout, pool: Pool, weights: Tensor | None = None) -> Tensor:
@@ -117,12 +120,11 @@ def _blocks(layout: TokenLayout, side: int) -> int:
     return math.ceil(layout.height / side) * math.ceil(layout.width / side)
 
 
-def _cells_per_block(layout: TokenLayout, pool: Pool, device: torch.device | None) -> Tensor:
+def _cells_per_block(layout: TokenLayout, factor: int, m: int, device: torch.device | None) -> Tensor:
     """Number of cells in each block, int64, shape (rows of blocks, columns of blocks)."""
-    m = pool.merged(layout)
     sides = []
     for size in layout.shape:
-        cells = math.ceil(size / pool.factor)
+        cells = math.ceil(size / factor)
         sides.append(torch.tensor([min(m, cells - start) for start in range(0, cells, m)], device=device))
     return sides[0][:, None] * sides[1]
 

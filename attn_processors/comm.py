@@ -1,0 +1,135 @@
+"""Rows between ranks: who needs what is worked out from the split alone, so nothing has to be negotiated.
+
+A plane of rows (of a token grid; of frames) is split into consecutive parts, one per rank. `collect` gives a rank the rows it
+wants from whoever owns them: a few from its neighbours for a halo, or all of them. One rank needs nobody, and nothing is
+sent. Messages go point to point, so when one fails the error names the rank it was for. Only torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Comm", "RankLost", "split_rows"]
+
+Span = tuple[int, int]  # [first, end)
+
+
+class RankLost(RuntimeError):
+    """Another rank did not send or receive in time, or is gone."""
+
+
+def split_rows(rows: int, ranks: int, multiple: int = 1) -> list[Span]:
+    """Consecutive parts of `rows`, one per rank, as even as multiples of `multiple` allow.
+
+    Raises ValueError if some rank would get none.
+    """
+    units = -(-rows // multiple)
+    if ranks < 1 or units < ranks:
+        raise ValueError(
+            f"{rows} rows in units of {multiple} cannot be split over {ranks} ranks; use at most {units} of them, or a "
+            "taller picture."
+        )
+    ends = [min(rows, (units * (rank + 1) // ranks) * multiple) for rank in range(ranks)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(eq=False)
+class Comm:
+    """One rank's side of the exchange.
+
+    Attributes:
+        rank, size: within `group`.
+        group: a torch process group; None = the default one, or no group at all with one rank.
+        sent: bytes sent so far.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    sent: int = field(default=0, compare=False)
+
+    @classmethod
+    def of_group(cls, group: Any = None) -> Comm:
+        """The ranks of a process group, by default all of them; one rank where torch.distributed was not started."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def collect(self, own: Tensor, parts: Sequence[Span], wanted: Sequence[Span], dim: int = 1) -> Tensor:
+        """The rows this rank wants, put together from their owners; every rank calls it with the same lists.
+
+        Args:
+            own: this rank's rows along `dim`.
+            parts: who owns what, [first, end) per rank, consecutive.
+            wanted: who wants what, [first, end) per rank.
+
+        Returns:
+            rows wanted[rank] along `dim`.
+
+        Raises:
+            RankLost: another rank is gone, or did not answer within the group's time limit.
+        """
+        first, end = parts[self.rank]
+        if own.shape[dim] != end - first:
+            raise ValueError(f"rank {self.rank} owns rows {first} to {end}, got {own.shape[dim]} of them.")
+        messages: list[tuple[str, int, Tensor]] = []
+        pieces: list[Tensor] = []
+        for other in range(self.size):
+            if other == self.rank:
+                low, high = _overlap(parts[self.rank], wanted[self.rank])
+                pieces.append(own.narrow(dim, low - first if high > low else 0, max(0, high - low)))
+                continue
+            low, high = _overlap(parts[self.rank], wanted[other])
+            if high > low:
+                messages.append(("to", other, own.narrow(dim, low - first, high - low).contiguous()))
+            low, high = _overlap(parts[other], wanted[self.rank])
+            shape = [*own.shape[:dim], max(0, high - low), *own.shape[dim + 1 :]]
+            piece = own.new_empty(shape)
+            pieces.append(piece)
+            if high > low:
+                messages.append(("from", other, piece))
+        self._exchange(messages)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
+    def everyones(self, own: Tensor) -> list[Tensor]:
+        """The same-shaped tensor of every rank, in the order of ranks."""
+        spans = [(rank, rank + 1) for rank in range(self.size)]
+        whole = self.collect(own.unsqueeze(0), spans, [(0, self.size)] * self.size, dim=0)
+        return list(whole.unbind(0))
+
+    def _exchange(self, messages: list[tuple[str, int, Tensor]]) -> None:
+        if not messages:
+            return
+        operations = []
+        for way, other, tensor in messages:
+            peer = other if self.group is None else dist.get_global_rank(self.group, other)
+            operations.append(dist.P2POp(dist.isend if way == "to" else dist.irecv, tensor, peer, self.group))
+        try:
+            requests = dist.batch_isend_irecv(operations)
+        except (RuntimeError, ValueError) as problem:
+            raise RankLost(self._lost([other for _, other, _ in messages], problem)) from problem
+        coalesced = len(requests) != len(messages)  # NCCL answers once for all
+        for i, request in enumerate(requests):
+            try:
+                request.wait()
+            except RuntimeError as problem:
+                others = [other for _, other, _ in messages] if coalesced else [messages[i][1]]
+                raise RankLost(self._lost(others, problem)) from problem
+        self.sent += sum(tensor.nbytes for way, _, tensor in messages if way == "to")
+
+    def _lost(self, others: list[int], problem: Exception) -> str:
+        names = " or ".join(str(rank) for rank in sorted(set(others)))
+        return (
+            f"rank {self.rank} waited in vain for rank {names} of {self.size} "
+            f"({str(problem).strip().splitlines()[0][:160]}); look at that rank's own error, then start all of them again."
+        )
+
+
+def _overlap(a: Span, b: Span) -> Span:
+    return max(a[0], b[0]), min(a[1], b[1])
