@@ -26,6 +26,7 @@ from ..attn_processors.installer import denoisers
 from .events import CancelToken, StepEvent
 from .load import load
 from .recipe import Recipe
+from .splitting import patches
 
 __all__ = ["Picture", "generate", "preview"]
 
@@ -51,6 +52,7 @@ def generate(
     pipe: Any = None,
     on_step: Callable[[StepEvent], None] | None = None,
     cancel: CancelToken | None = None,
+    split: bool = False,
 ) -> Picture:
     """Make the picture that `recipe` describes. The same recipe gives the same pixels on a CPU.
 
@@ -59,6 +61,8 @@ def generate(
         pipe: a loaded text-to-image pipeline, used in place of `recipe.model`; it is left as it was found.
         on_step: called in this thread after every denoising step.
         cancel: asked before the work, and after every step.
+        split: compute rows of the picture on each rank of torch.distributed (`patches`); every rank calls alike, with a
+            seed in the recipe, and gets the picture.
 
     Raises:
         Cancelled: if `cancel` was requested; `pipe` can be used again.
@@ -70,6 +74,8 @@ def generate(
     cancel = cancel or CancelToken()
     began = time.monotonic()
     cancel.check()
+    if split and recipe.seed is None:
+        raise ValueError("a picture that is split over ranks needs a seed that all of them know; set recipe.seed")
     if recipe.upscale is not None:
         raise ValueError(
             "the recipe enlarges its picture, which generate does not do; call upscale (reattend upscale), or set the "
@@ -80,7 +86,7 @@ def generate(
     recipe = filled_in(recipe, pipe)
     cancel.check()
     generator = torch.Generator("cpu").manual_seed(recipe.seed)  # type: ignore[arg-type]  # filled in
-    image = stock_call(pipe, recipe, generator, on_step=on_step, cancel=cancel, began=began)
+    image = stock_call(pipe, recipe, generator, on_step=on_step, cancel=cancel, began=began, split=split)
     return Picture(image=image, recipe=replace(recipe, width=image.width, height=image.height))
 
 
@@ -106,6 +112,7 @@ def stock_call(
     on_step: Callable[[StepEvent], None] | None,
     cancel: CancelToken,
     began: float,
+    split: bool = False,
     **more: Any,
 ) -> Image.Image:
     """One call of the stock pipeline with the recipe's attention inside, which is gone afterwards.
@@ -114,7 +121,7 @@ def stock_call(
         pipe: a text-to-image pipeline, or one that takes `more`.
         recipe: a filled-in recipe; of its width and height only what `pipe` accepts is passed on.
         generator: the source of chance, in place of the recipe's seed.
-        on_step, cancel: as for `generate`.
+        on_step, cancel, split: as for `generate`.
         began: `time.monotonic()` when the work began.
         more: further arguments of the call.
 
@@ -129,7 +136,13 @@ def stock_call(
         cancel.check()
         return tensors
 
-    with attention_of(recipe, pipe), without_progress_bar(pipe), _told_memory(recipe):
+    whole = contextlib.nullcontext()
+    with (
+        attention_of(recipe, pipe),
+        patches(pipe) if split else whole,
+        without_progress_bar(pipe),
+        _told_memory(recipe),
+    ):
         output = pipe(
             **_arguments(recipe, inspect.signature(pipe.__call__).parameters),
             **more,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +124,12 @@ def _from_folder(folder: Path, numbers: torch.dtype) -> DiffusionPipeline:
     cls = _stock_class(folder)
     variant = "fp16" if any(folder.glob("*/*.fp16.safetensors")) and not _plain_weights(folder) else None
     try:
-        return cls.from_pretrained(
-            folder, torch_dtype=numbers, use_safetensors=True, local_files_only=True, variant=variant
-        )
+        with warnings.catch_warnings():
+            # Older diffusers knows this name only; newer ones take it with a notice.
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            return cls.from_pretrained(
+                folder, torch_dtype=numbers, use_safetensors=True, local_files_only=True, variant=variant
+            )
     except Exception as error:  # broken configs and weights raise nearly anything, deep inside two libraries
         raise ModelUnavailable(
             f"cannot read the model folder {folder}: {_short(error)}; it must hold what save_pretrained writes, "

@@ -41,6 +41,7 @@ def upscale(
     pipe: Any = None,
     on_step: Callable[[StepEvent], None] | None = None,
     cancel: CancelToken | None = None,
+    split: bool = False,
 ) -> Picture:
     """Make the picture that `recipe` describes and enlarge it in stages. The same recipe gives the same pixels on a CPU.
 
@@ -50,6 +51,8 @@ def upscale(
         pipe: a loaded text-to-image pipeline, used in place of `recipe.model`; it is left as it was found.
         on_step: called in this thread after every denoising step; steps count over all stages.
         cancel: asked before the work, between stages and after every step.
+        split: in the later stages compute rows of the picture on each rank of torch.distributed (`patches`); every rank
+            calls alike, with a seed in the recipe, and gets the pictures.
 
     Returns:
         The largest picture, with the smaller ones in `Picture.smaller`.
@@ -63,6 +66,8 @@ def upscale(
     cancel = cancel or CancelToken()
     began = time.monotonic()
     cancel.check()
+    if split and recipe.seed is None:
+        raise ValueError("a picture that is split over ranks needs a seed that all of them know; set recipe.seed")
     if pipe is None:
         pipe = load(recipe.model, dtype=recipe.dtype)
     recipe = filled_in(recipe, pipe)
@@ -89,6 +94,7 @@ def upscale(
                 on_step=count.stage(stage - 1 + len(first)),
                 cancel=cancel,
                 began=time.monotonic(),
+                split=split,
                 image=pictures[-1].resize(size, Image.Resampling.LANCZOS),
                 strength=growth.strength,
             )

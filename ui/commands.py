@@ -18,6 +18,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from ..pipelines.recipe import Recipe
 from ..pipelines.stages import Upscale as Growth
 from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries
+from .ranks import joined
 
 __all__ = ["Command"]
 
@@ -78,10 +79,13 @@ class Image:
         quiet_libraries()  # before the imports: some of their notices come with those
         from ..pipelines import generate, load, upscale
 
-        pipe = load(recipe.model, device=self.device, dtype=recipe.dtype)
         make = generate if recipe.upscale is None else upscale
-        with Bar() as bar:
-            picture = make(recipe, pipe=pipe, on_step=bar)
+        with joined() as ranks:
+            pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
+            with Bar(silent=not ranks.speaks) as bar:
+                picture = make(ranks.seeded(recipe), pipe=pipe, on_step=bar, split=ranks.split)
+        if not ranks.speaks:
+            return
         path = self.out if named else free_path(self.out, f"{recipe.prompt} {picture.recipe.seed}", ".png")
         image, sidecar = picture.recipe.save(picture.image, path)
         seconds = time.monotonic() - began

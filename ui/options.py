@@ -59,12 +59,17 @@ def attention_entry(name: str = "", *pairs: str) -> dict[str, str]:
 class Bar:
     """A progress bar with the time left on stderr, fed with step events; silent where stderr is no terminal."""
 
+    def __init__(self, silent: bool = False):
+        self.silent = silent
+
     def __enter__(self) -> Bar:
         from tqdm import tqdm
 
         # The time left is the event's own: tqdm would take all steps to be equally long.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        self._bar = tqdm(unit="step", file=sys.stderr, disable=None, leave=False, bar_format=form)
+        self._bar = tqdm(
+            unit="step", file=sys.stderr, disable=True if self.silent else None, leave=False, bar_format=form
+        )
         return self
 
     def __call__(self, event: StepEvent) -> None:

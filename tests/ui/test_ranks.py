@@ -1,0 +1,41 @@
+"""`reattend image` under torchrun: the picture of one process, written once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import tiny
+from PIL import Image
+
+from reattend.pipelines import Recipe, generate
+from reattend.ui.ranks import Ranks, joined
+
+SPLIT = ["--width", "48", "--height", "64", "--steps", "2", "--attention", "clear", "radius=3"]
+
+
+def test_one_process_is_left_alone():
+    recipe = Recipe(prompt="a cat on sand")
+    with joined() as ranks:
+        assert ranks == Ranks() and ranks.speaks and not ranks.split
+        assert ranks.device("cuda:3") == "cuda:3" and ranks.device(None) is None
+        assert ranks.seeded(recipe) is recipe
+
+
+def test_two_processes_make_and_write_the_picture_of_one(tmp_path):
+    folder = tmp_path / "tiny-flux"
+    tiny.flux_pipeline().save_pretrained(folder)
+    out = tmp_path / "cat.png"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["reattend.ui.cli", "image", "a cat on sand", "--model", str(folder), "--out", str(out), "--json", *SPLIT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # one process speaks
+    recipe = Recipe.read(out)
+    assert recipe.seed == json.loads(line)["recipe"]["seed"]  # drawn once, for all
+    alone = np.asarray(generate(recipe).image, dtype=int)
+    assert np.abs(alone - np.asarray(Image.open(out), dtype=int)).max() <= 1  # rounding to bytes

@@ -1,0 +1,78 @@
+"""The command line under torchrun: one process group, one seed, and only the first process speaks.
+
+torchrun --nproc-per-node 4 -m reattend.ui.cli image "..." --model ... --attention clear radius=16
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..pipelines.recipe import Recipe
+
+__all__ = ["Ranks", "joined"]
+
+TIMEOUT = datetime.timedelta(minutes=10)  # without an answer for so long, a rank counts as lost
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those torchrun started; one of one without it."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # number of this process on its host
+
+    @property
+    def split(self) -> bool:
+        """Whether the work is shared."""
+        return self.size > 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def device(self, wanted: str | None) -> str | None:
+        """The device of this process: on CUDA each has its own."""
+        import torch
+
+        if not self.split or wanted not in (None, "cuda"):
+            return wanted
+        return f"cuda:{self.local}" if torch.cuda.is_available() else wanted
+
+    def seeded(self, recipe: Recipe) -> Recipe:
+        """The recipe with a seed that all ranks know."""
+        if not self.split or recipe.seed is not None:
+            return recipe
+        import secrets
+
+        import torch.distributed as dist
+
+        drawn = [secrets.randbelow(2**32)]
+        dist.broadcast_object_list(drawn, src=0)
+        return replace(recipe, seed=drawn[0])
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes torchrun started, for the length of a with block."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Ranks()
+        return
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
