@@ -1,4 +1,4 @@
-"""The tokenizer and the text encoder of the bundled models: a CLIP of the usual kind that reads the emoji world.
+"""The tokenizers and text encoders of the bundled models: CLIP, and T5 beside it for tiny-flux.
 
 Byte-pair merges are learned from captions, so every word of the world is one token and other text still has tokens.
 """
@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from . import world
 
@@ -45,8 +45,24 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> np.ndarray:
-    """Padded token ids, shape (len(captions), MAX_LENGTH), as StableDiffusionPipeline makes them."""
-    return tokenizer(
-        captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="np"
-    ).input_ids
+def build_t5_tokenizer() -> T5Tokenizer:
+    """T5's unigram tokenizer: every word of the world is one piece, and other ASCII text is spelled."""
+    words = sorted({*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"})
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -1.0) for word in words] + [(letter, -10.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Two layers of the same width as the CLIP encoder's."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=32, d_ff=4 * WIDTH, num_layers=2, num_heads=4, dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int = MAX_LENGTH) -> np.ndarray:
+    """Padded token ids, shape (len(captions), length), as the stock pipelines make them."""
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids

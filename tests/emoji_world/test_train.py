@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 
-from reattend.emoji_world import captions, muon, train_sd, train_vae, world
+from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, training, world
 
 # Kernels sum in an order that depends on threads and on where memory lies. AdamW then moves a parameter whose gradient is
 # such rounding noise by a whole step either way: twice the learning rate of a warm-up step, 2 * 4e-5.
@@ -37,23 +38,23 @@ def test_tiny_sd_training_resumes_across_both_stages(
     config = train_sd.SdConfig(
         vae=vae_folder, out=tmp_path / "whole", steps=4, close_up_steps=2, pool=8, batch=2, save_every=1
     )
-    whole = train_sd.Trainer(config)
+    whole = train_sd.SdTrainer(config)
     whole.train()
 
     config = replace(config, out=tmp_path / "parts")
-    keep = train_sd.Trainer.save
+    keep = train_sd.SdTrainer.save
 
-    def save_then_stop(trainer: train_sd.Trainer, step: int) -> None:
+    def save_then_stop(trainer: train_sd.SdTrainer, step: int) -> None:
         keep(trainer, step)
         if step == 3:
             raise PulledPlugError
 
-    monkeypatch.setattr(train_sd.Trainer, "save", save_then_stop)
-    stopped = train_sd.Trainer(config)
+    monkeypatch.setattr(train_sd.SdTrainer, "save", save_then_stop)
+    stopped = train_sd.SdTrainer(config)
     with pytest.raises(PulledPlugError):
         stopped.train()
-    monkeypatch.setattr(train_sd.Trainer, "save", keep)
-    again = train_sd.Trainer(config)
+    monkeypatch.setattr(train_sd.SdTrainer, "save", keep)
+    again = train_sd.SdTrainer(config)
     assert again.done == 3
     assert all(torch.equal(a, b) for a, b in zip(state_of(stopped), state_of(again), strict=True))
 
@@ -62,7 +63,7 @@ def test_tiny_sd_training_resumes_across_both_stages(
         torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
 
 
-def state_of(trainer: train_sd.Trainer) -> list[torch.Tensor]:
+def state_of(trainer: train_sd.SdTrainer) -> list[torch.Tensor]:
     states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers.values()]
     moments = [value for state in states for row in state.values() for value in row.values()]
     return [*trainer.parameters, *trainer.ema.shadow_params, *moments]
@@ -70,13 +71,13 @@ def state_of(trainer: train_sd.Trainer) -> list[torch.Tensor]:
 
 def test_two_processes_train_as_one(vae_folder: Path, tmp_path: Path) -> None:
     config = train_sd.SdConfig(vae=vae_folder, out=tmp_path / "one", steps=2, close_up_steps=1, pool=8, batch=3)
-    one = train_sd.Trainer(config)
+    one = train_sd.SdTrainer(config)
     one.train()
     flags = ["--vae", vae_folder, "--steps", "2", "--close-up-steps", "1", "--pool", "8", "--batch", "3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["reattend.emoji_world.train_sd", "--out", tmp_path / "two", *flags]
     subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    two = train_sd.Trainer(replace(config, out=tmp_path / "two"))
+    two = train_sd.SdTrainer(replace(config, out=tmp_path / "two"))
     assert two.done == 2
     for a, b in zip(one.parameters, two.parameters, strict=True):
         torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
@@ -103,10 +104,54 @@ def test_muon_moves_kernels_by_the_size_of_an_adamw_step() -> None:
 
 
 def test_times_cover_the_schedule_and_lean_to_the_noisy_side() -> None:
-    times = torch.cat([train_sd.sample_times(48, torch.Generator().manual_seed(seed)) for seed in range(50)])
-    assert times.min() >= 0 and times.max() <= 999
-    assert 0.55 < (times > 500).double().mean() < 0.68
-    assert ((times < 100).double().mean() - 1 / 30).abs() < 0.02  # a third of them uniform
+    times = torch.cat([training.sample_times(48, torch.Generator().manual_seed(seed)) for seed in range(50)])
+    assert times.min() >= 0 and times.max() < 1
+    assert 0.55 < (times > 0.5).double().mean() < 0.68
+    assert ((times < 0.1).double().mean() - 1 / 30).abs() < 0.02  # a third of them uniform
+
+
+def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(vae_folder: Path, tmp_path: Path) -> None:
+    config = train_flux.FluxConfig(
+        vae=vae_folder, out=tmp_path / "whole", steps=3, close_up_steps=1, guided_steps=1, pool=6, batch=2, save_every=1
+    )
+    whole = train_flux.FluxTrainer(config)
+    whole.train()
+    assert (config.out / "teacher.pt").exists()
+
+    shorter = replace(config, out=tmp_path / "parts", steps=2, guided_steps=0)
+    train_flux.FluxTrainer(shorter).train()
+    again = train_flux.FluxTrainer(replace(config, out=shorter.out))
+    assert again.done == 2
+    again.train()
+    for a, b in zip(whole.parameters, again.parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
+
+    pipe = FluxPipeline.from_pretrained(config.out / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a blue car on sand", height=64, width=96, num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 96, 3) and np.isfinite(image).all()
+
+
+def test_tiny_flux_packs_latents_as_the_stock_pipeline_does() -> None:
+    latents = torch.randn(2, 16, 8, 12)
+    packed = train_flux.pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 16, 8, 12))
+    assert torch.equal(train_flux.unpack(packed, 4, 6), latents)
+
+
+def test_t5_takes_every_word_as_one_piece_and_spells_the_rest() -> None:
+    tokenizer = captions.build_t5_tokenizer()
+    assert tokenizer.tokenize("a blue car and an apple on sand") == [
+        "▁a",
+        "▁blue",
+        "▁car",
+        "▁and",
+        "▁an",
+        "▁apple",
+        "▁on",
+        "▁sand",
+    ]
+    assert "<unk>" not in tokenizer.tokenize("Hello, world!")
 
 
 def test_vae_training_resumes_and_decoder_training_keeps_the_latents(
@@ -143,8 +188,8 @@ def test_vae_training_resumes_and_decoder_training_keeps_the_latents(
 
 def test_training_never_sees_a_held_out_caption_and_every_word_is_one_token() -> None:
     rng = np.random.default_rng(0)
-    scenes = [scene for scene in (world.sample_scene(rng) for _ in range(300)) if train_sd.learnable(scene)]
-    assert not any(world.is_held_out(train_sd.caption_of(scene, rng)) for scene in scenes)
+    scenes = [scene for scene in (world.sample_scene(rng) for _ in range(300)) if training.learnable(scene)]
+    assert not any(world.is_held_out(training.caption_of(scene, rng)) for scene in scenes)
     tokenizer = captions.build_tokenizer()
     words = [*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"]
     assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
@@ -154,6 +199,6 @@ def test_a_pool_of_another_size_is_refused_before_captions_meet_the_wrong_pictur
     vae_folder: Path, tmp_path: Path
 ) -> None:
     config = train_sd.SdConfig(vae=vae_folder, out=tmp_path, pool=3)
-    train_sd.Trainer(config).pool("close-ups")
+    train_sd.SdTrainer(config).pool("close-ups")
     with pytest.raises(ValueError, match="holds 3 pictures, the run wants 5"):
-        train_sd.Trainer(replace(config, pool=5)).pool("close-ups")
+        train_sd.SdTrainer(replace(config, pool=5)).pool("close-ups")

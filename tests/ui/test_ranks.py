@@ -30,7 +30,17 @@ def test_two_processes_make_and_write_the_picture_of_one(tmp_path):
     tiny.flux_pipeline().save_pretrained(folder)
     out = tmp_path / "cat.png"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["reattend.ui.cli", "image", "a cat on sand", "--model", str(folder), "--out", str(out), "--json", *SPLIT]
+    command += [
+        "reattend.ui.cli",
+        "image",
+        "a cat on sand",
+        "--model",
+        str(folder),
+        "--out",
+        str(out),
+        "--json",
+        *SPLIT,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,148 @@
+"""Train tiny-flux: a FLUX transformer with its CLIP and T5 encoders, on the captions and the VAE of tiny-sd.
+
+Run: torchrun --nproc-per-node 2 -m reattend.emoji_world.train_flux --out runs/flux --steps 20000   (goes on from runs/flux)
+
+The base size is 256 px, 16 x 16 tokens, one per lattice step of the world. The target is the velocity of a straight flow,
+noise - picture (Liu et al. 2023; Esser et al. 2024). Two things make a plain `pipe("...")` right:
+
+- FluxPipeline pads the T5 text to 512 tokens and masks nothing, so a share of the steps trains with that length.
+- It makes one call per step, without an empty caption to compare with. So the last `guided_steps` learn the guided
+  velocity, v(empty) + guidance * (v(caption) - v(empty)), of the averaged weights as they were before: guidance is built in,
+  and a step costs one call (after Meng et al. 2023).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from . import captions
+from .training import Trainer, TrainingConfig, start_processes
+
+TEXT_LENGTHS = (24, 64, 512)  # of the T5 tokens; the longest caption of the world has 15
+LENGTH_WEIGHTS = (0.7, 0.2, 0.1)  # 512 costs three times as much as the others
+SHIFT = 2.0  # of the sampler's steps towards the noisy side
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig(TrainingConfig):
+    """Training of tiny-flux."""
+
+    out: Path = Path("runs/flux")
+    guided_steps: int = 2000  # how many of the last steps learn the guided velocity
+    guidance: float = 3.0  # that they learn
+
+
+def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
+    """Two double and four single blocks, 4 heads of 48 channels, 5 million parameters."""
+    return FluxTransformer2DModel(
+        in_channels=4 * latent_channels,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=captions.WIDTH,
+        pooled_projection_dim=captions.WIDTH,
+        axes_dims_rope=(8, 20, 20),
+    )
+
+
+class FluxTrainer(Trainer):
+    """tiny-flux: transformer, CLIP and T5, at 256 px."""
+
+    side = 256
+
+    def __init__(self, config: FluxConfig):
+        super().__init__(config)
+        self.teacher: dict[str, nn.Module] | None = None
+
+    def build(self) -> dict[str, nn.Module]:
+        self.tokenizer, self.t5_tokenizer = captions.build_tokenizer(), captions.build_t5_tokenizer()
+        return {
+            "transformer": build_transformer(self.vae.config.latent_channels),
+            "text_encoder": captions.build_text_encoder(self.tokenizer),
+            "text_encoder_2": captions.build_t5_encoder(self.t5_tokenizer),
+        }
+
+    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
+        length = int(np.random.default_rng((self.config.seed, step, 1)).choice(TEXT_LENGTHS, p=LENGTH_WEIGHTS))
+        mixed = clean.lerp(noise, times.view(-1, 1, 1, 1))
+        target = noise - clean
+        if step >= self.config.steps - self.config.guided_steps:
+            target = self.guided(mixed, words, times, length)
+        return (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
+
+    @torch.no_grad()
+    def guided(self, mixed: Tensor, words: list[str], times: Tensor, length: int) -> Tensor:
+        """What the last steps learn: the guided velocity of the averaged weights from before them."""
+        if self.teacher is None:
+            self.teacher = self.frozen_teacher()
+        with_caption = self.velocity(self.teacher, mixed, words, times, length)
+        without = self.velocity(self.teacher, mixed, [""] * len(words), times, length)
+        return without.lerp(with_caption, self.config.guidance)
+
+    def frozen_teacher(self) -> dict[str, nn.Module]:
+        """The averaged weights at the beginning of the guided steps, kept in a file so that a resumed run has them."""
+        file = self.config.out / "teacher.pt"
+        teacher = {name: copy.deepcopy(part) for name, part in self.averaged().items()}
+        if file.exists():
+            for name, state in torch.load(file, weights_only=True).items():
+                teacher[name].load_state_dict(state)
+        elif self.rank == 0:
+            torch.save({name: part.state_dict() for name, part in teacher.items()}, file)
+        return {name: part.float().requires_grad_(False) for name, part in teacher.items()}
+
+    def velocity(
+        self, parts: dict[str, nn.Module], mixed: Tensor, words: list[str], times: Tensor, length: int
+    ) -> Tensor:
+        """The transformer's answer, unpacked: (B, C, H, W)."""
+        pooled = parts["text_encoder"](torch.from_numpy(captions.tokenize(self.tokenizer, words))).pooler_output
+        ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, length))
+        text = parts["text_encoder_2"](ids).last_hidden_state
+        rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
+        out = parts["transformer"](
+            hidden_states=pack(mixed),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=times,
+            img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float()),
+            txt_ids=torch.zeros(text.shape[1], 3),
+        ).sample
+        return unpack(out, rows, columns)
+
+    def pipeline(self) -> FluxPipeline:
+        vae = AutoencoderKL.from_pretrained(self.config.vae).half()
+        vae.register_to_config(shift_factor=0.0)  # FluxPipeline adds it
+        return FluxPipeline(
+            **self.averaged(),
+            vae=vae,
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.t5_tokenizer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        )
+
+
+def pack(latents: Tensor) -> Tensor:
+    """2 x 2 latents to a token, as FluxPipeline does: (B, C, H, W) -> (B, H/2 * W/2, 4 C)."""
+    batch, channels, height, width = latents.shape
+    cells = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(batch, height // 2 * (width // 2), 4 * channels)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The way back: (B, rows * columns, 4 C) -> (B, C, 2 rows, 2 columns)."""
+    cells = tokens.view(len(tokens), rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(len(tokens), -1, 2 * rows, 2 * columns)
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(FluxConfig)
+    start_processes()
+    FluxTrainer(settings).train()

@@ -1,0 +1,274 @@
+"""What the trainings of the bundled models share: pictures encoded once, two stages, one loop, averaged weights, resuming.
+
+Close-ups are small pictures filled by one sprite: they teach what each kind looks like at a fraction of the cost. Scenes
+are the pictures of the base size. The learning rate is flat and falls over the last fifth, so a run can be lengthened:
+give a larger --steps. Any number of processes (`torchrun --nproc-per-node 2 -m ...`) gives the same training up to
+rounding; one per core is fastest, and the run does not stall when another program takes a core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ..pipelines.files import written_whole
+from . import world
+from .muon import Muon
+from .train_vae import pixels
+
+__all__ = ["CLOSE_UP", "Trainer", "TrainingConfig", "caption_of", "learnable", "sample_times", "start_processes"]
+
+CLOSE_UP = 8  # side of a close-up in lattice steps
+CLOSE_UPS_PER_SCENE = 3  # in a batch: they are that much cheaper
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training of a bundled model; each has its own defaults."""
+
+    out: Path  # folder of the pools, the state, the log and the finished pipeline
+    vae: Path = Path("runs/vae/vae")  # diffusers folder of the VAE
+    start_from: Path | None = None  # finished pipeline whose weights a new run begins with
+    steps: int = 20000  # optimiser steps in all
+    close_up_steps: int = 4000  # how many of them are on close-ups
+    pool: int = 12000  # pictures drawn and encoded per stage
+    batch: int = 16  # scenes per step; three times as many close-ups
+    lr: float = 1e-3  # peak learning rate
+    dropout: float = 0.1  # how often the caption is left out, for guidance
+    ema: float = 0.999  # decay of the averaged weights
+    seed: int = 0
+    save_every: int = 200
+
+
+class Trainer:
+    """Models, averaged weights and optimisers of one run; `state.pt` in the run's folder holds them all.
+
+    A model derives from this, sets `side`, and defines `build`, `loss` and `pipeline`.
+    """
+
+    side: int  # of a scene, in pixels
+    parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
+
+    def __init__(self, config: Any):
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False)
+        self.parts = self.build()
+        if config.start_from is not None:
+            known = DiffusionPipeline.from_pretrained(config.start_from, torch_dtype=torch.float32)
+            for name, part in self.parts.items():
+                part.load_state_dict(getattr(known, name).state_dict())
+        self.parameters = list(dict.fromkeys(p for part in self.parts.values() for p in part.parameters()))
+        self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)
+        modules = [module for part in self.parts.values() for module in part.modules()]
+        embeddings = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
+        matrices = [p for p in self.parameters if p.ndim >= 2 and id(p) not in embeddings]
+        others = [p for p in self.parameters if p.ndim < 2 or id(p) in embeddings]
+        self.optimizers = {
+            "muon": Muon(matrices, lr=config.lr),
+            "adamw": torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+        }
+        self.done = 0
+        if self.state_file.exists():
+            state = torch.load(self.state_file, weights_only=True)
+            for name, kept in {**self.parts, **self.optimizers, "ema": self.ema}.items():
+                kept.load_state_dict(state[name])
+            self.done = state["step"]
+
+    def build(self) -> dict[str, nn.Module]:
+        """The modules to train, with fresh weights, by their names in the pipeline."""
+        raise NotImplementedError
+
+    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
+        """Mean loss of a batch: latents and noise (B, C, H, W), captions, times in [0, 1) with 1 all noise."""
+        raise NotImplementedError
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The stock pipeline in half precision, with the averaged weights of `averaged`."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes this is; the first one writes."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def state_file(self) -> Path:
+        return self.config.out / "state.pt"
+
+    def save(self, step: int) -> None:
+        kept = {**self.parts, **self.optimizers, "ema": self.ema}
+        with written_whole(self.state_file) as (aside,):
+            torch.save({**{name: part.state_dict() for name, part in kept.items()}, "step": step}, aside)
+
+    def averaged(self) -> dict[str, nn.Module]:
+        """Copies of the trained modules in half precision, with the averaged weights."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            copies = self.build()
+            for name, part in self.parts.items():
+                copies[name].load_state_dict(part.state_dict())
+        finally:
+            self.ema.restore(self.parameters)
+        return {name: part.half().eval() for name, part in copies.items()}
+
+    def pool(self, name: str) -> tuple[list[world.Scene], Tensor]:
+        """The scenes and latents of a stage; latents are encoded once and kept beside the state."""
+        draw_scene, side = {
+            "close-ups": (sample_close_up, self.side // world.LATTICE * CLOSE_UP),
+            "scenes": (world.sample_scene, self.side),
+        }[name]
+        rng = np.random.default_rng((self.config.seed, side))
+        scenes = [draw_scene(rng) for _ in range(self.config.pool)]
+        file = self.config.out / f"{name}.pt"
+        if file.exists():
+            latents = torch.load(file, weights_only=True)
+            if len(latents) != len(scenes):
+                raise ValueError(
+                    f"{file} holds {len(latents)} pictures, the run wants {len(scenes)}; give that --pool, or delete it"
+                )
+        else:
+            latents = encode(self.vae, scenes, side)
+            with written_whole(file) as (aside,):
+                torch.save(latents, aside)
+        keep = [i for i, scene in enumerate(scenes) if learnable(scene)]
+        return [scenes[i] for i in keep], latents[keep]
+
+    def train(self) -> None:
+        """Run to the end, from where the state is."""
+        config = self.config
+        ranks, rank = dist.get_world_size() if dist.is_initialized() else 1, self.rank
+        config.out.mkdir(parents=True, exist_ok=True)
+        stage, latents, start, losses = "", torch.empty(0), time.monotonic(), []
+        scenes: list[world.Scene] = []
+        for step in range(self.done, config.steps):
+            wanted = "close-ups" if step < config.close_up_steps else "scenes"
+            if wanted != stage:
+                if rank:
+                    dist.barrier()  # the first process encodes, the others read
+                stage, (scenes, latents) = wanted, self.pool(wanted)
+                if ranks > 1 and not rank:
+                    dist.barrier()
+            rng = np.random.default_rng((config.seed, step))
+            generator = torch.Generator().manual_seed(config.seed * 10**7 + step)
+            batch = config.batch * (CLOSE_UPS_PER_SCENE if stage == "close-ups" else 1)
+            chosen = rng.integers(len(scenes), size=batch)
+            words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
+            clean = latents[chosen].float()
+            noise = torch.randn(clean.shape, generator=generator)
+            times = sample_times(batch, generator)
+
+            scale = schedule(step, config.steps)
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * scale
+            mine = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
+            loss = self.loss(clean[mine], words[mine], noise[mine], times[mine], step)
+            (loss * len(words[mine]) / batch).backward()
+            if ranks > 1:
+                add_gradients(self.parameters)
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.ema.step(self.parameters)
+
+            losses.append(loss.item())
+            if rank:
+                continue
+            if (step + 1) % 50 == 0:
+                row = {
+                    "step": step + 1,
+                    "loss": round(float(np.mean(losses)), 5),
+                    "seconds": round(time.monotonic() - start, 1),
+                }
+                losses.clear()
+                print(row, flush=True)
+                with open(config.out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(row) + "\n")
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                self.save(step + 1)
+                self.pipeline().save_pretrained(config.out / "pipeline")
+
+
+def start_processes() -> None:
+    """Join the other processes if torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+
+def add_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of all processes in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over 200 steps, flat, then linear to 1 % over the last fifth."""
+    return min(1.0, (step + 1) / 200) * max(0.01, min(1.0, (steps - step) / (0.2 * steps)))
+
+
+def sample_times(count: int, generator: torch.Generator) -> Tensor:
+    """Stratified times in [0, 1): a third uniform, the rest logit-normal(0.5, 1) as in Esser et al. 2024, section 3.1.
+
+    They lean to the noisy side, for only there does a caption tell what the noisy picture does not.
+    """
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    uniform = uniform[torch.randperm(count, generator=generator)]
+    third = count // 3
+    spread = torch.sigmoid(0.5 + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
+    return torch.cat([uniform[:third], spread]).clamp(max=1 - 1e-6)
+
+
+def sample_close_up(rng: np.random.Generator) -> world.Scene:
+    """One sprite of any of the usual sides on a picture of CLOSE_UP lattice steps."""
+    side = int(rng.choice(list(world.SIDES.values())))
+    x, y = (rng.integers(CLOSE_UP - side + 1, size=2) + side / 2) / CLOSE_UP
+    sprite = world.Sprite(
+        str(rng.choice(world.KINDS)), str(rng.choice(list(world.TINTS))), float(x), float(y), side / CLOSE_UP
+    )
+    return world.Scene(str(rng.choice(list(world.BACKGROUNDS))), (sprite,), light=float(rng.uniform(-1, 1)))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, scenes: list[world.Scene], side: int) -> Tensor:
+    """Scaled latents of scenes drawn at `side` px, (count, C, side/8, side/8) in fp16."""
+    parts = []
+    for start in range(0, len(scenes), 50):
+        batch = torch.from_numpy(np.stack([pixels(scene, side) for scene in scenes[start : start + 50]]))
+        parts.append((vae.encode(batch).latent_dist.mean * vae.config.scaling_factor).half())
+    return torch.cat(parts)
+
+
+def caption_of(scene: world.Scene, rng: np.random.Generator) -> str:
+    """A caption that names each tint or not, drawn anew, and that is not held out."""
+    while True:
+        named = [replace(sprite, named=bool(rng.random() < world.NAMED_TINT)) for sprite in scene.sprites]
+        caption = replace(scene, sprites=tuple(named)).caption
+        if not world.is_held_out(caption):
+            return caption
+
+
+def learnable(scene: world.Scene) -> bool:
+    """Whether the scene has a caption that training may use."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        named = [replace(sprite, named=bool(rng.random() < 0.5)) for sprite in scene.sprites]
+        if not world.is_held_out(replace(scene, sprites=tuple(named)).caption):
+            return True
+    return False
