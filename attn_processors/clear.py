@@ -15,23 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .method import AttnMethod, LayerInfo
 from .ops.cost import attention_flops, dense_flops
 from .ops.layout import TokenLayout
-from .ops.local import choose, local_attention
+from .ops.local import Prepared, attend, choose, prepare
 from .ops.patterns import Dense, Disc, Pattern, Square, TileWindow
 from .ops.pool import Pool
 from .ops.scale import softmax_scale
 from .ops.strips import strip_attention
 
 if TYPE_CHECKING:
-    from .context import Context
+    from .context import Context, Swap
     from .layer import LayerCall
 
 __all__ = ["ClearAttnProcessor"]
 
+NAME = "clear"
 LOCAL, DENSE = 0, 1  # phases
 POOL_WEIGHTS = "pool_weights"  # trained weight map of the cells, shape (pool, pool), beside a layer's own parameters
 ROUNDING = 1e-6  # progress is a quotient of step numbers
@@ -62,7 +64,7 @@ class ClearAttnProcessor(AttnMethod):
     until: float = 1.0  # fraction of the steps after which they do again, in (0, 1]
     backend: Literal["auto", "dense", "reference", "halo", "tile", "flex"] = "auto"  # who computes it; same numbers
 
-    name: ClassVar[str] = "clear"
+    name: ClassVar[str] = NAME
     roles: ClassVar[tuple[str, ...]] = ("spatial", "joint")
     honours_padding: ClassVar[bool] = True
 
@@ -136,30 +138,72 @@ class ClearAttnProcessor(AttnMethod):
     def _pool(self) -> Pool | None:
         return None if self.pool is None else Pool(self.pool, self.pool_budget)
 
+    def prepare(self, context: Context) -> None:
+        """Choose backends and make index tensors for all layers here: layers then only read them, also when compiled."""
+        if context.strip is not None:
+            return
+        for installation in context.installations:
+            if installation.method is self:
+                for swap in installation.swaps:
+                    layouts = (layout_of(swap, context, grid) for grid in context.grids.values())
+                    context.slots[NAME, swap.info.name] = {
+                        layout.tokens: self._local(swap.info.name, layout, context.device, context.model.dtype)
+                        for layout in layouts
+                    }
+
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         """Attention of one layer, (B, N, heads * head_dim)."""
-        if phase == DENSE and call.context.strip is None:
+        strip = call.context.strip
+        if phase == DENSE and strip is None:
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
-        pattern = self.pattern_of(call.name)
-        rows, columns, text = self.trained
-        scale = call.scale * softmax_scale(
-            self.scale, 1, call.whole, pattern, trained=TokenLayout(rows, columns, before=text), pool=self._pool
-        )
         settings: dict[str, Any] = {
-            "pool": self._pool,
             "pool_weights": call.extra(POOL_WEIGHTS),
             "key_valid": None if call.mask is None else call.mask[:, 0, 0],
-            "scale": scale,
             "softmax": call.softmax,
         }
-        if (strip := call.context.strip) is not None:
-            if phase == DENSE:
-                pattern, settings = Dense(), settings | {"pool": None, "scale": call.scale}
-            return strip_attention(call.q, call.k, call.v, call.whole, pattern, strip, **settings).flatten(2)
-        return local_attention(call.q, call.k, call.v, call.layout, pattern, backend=self.backend, **settings).flatten(
-            2
-        )
+        if strip is None:
+            local = call.context.slots.get((NAME, call.name), {}).get(call.layout.tokens)
+            if local is None or local.prepared.dtype != call.q.dtype or local.prepared.layout != call.layout:
+                local = self._local(call.name, call.layout, call.q.device, call.q.dtype)
+            out = attend(call.q, call.k, call.v, local.prepared, scale=call.scale * local.sharpness, **settings)
+        elif phase == DENSE:
+            out = strip_attention(call.q, call.k, call.v, call.whole, Dense(), strip, scale=call.scale, **settings)
+        else:
+            pattern = self.pattern_of(call.name)
+            scale = call.scale * self._sharpness(call.whole, pattern)
+            out = strip_attention(
+                call.q, call.k, call.v, call.whole, pattern, strip, pool=self._pool, scale=scale, **settings
+            )
+        return out.flatten(2)
+
+    def _local(self, layer: str, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> Local:
+        pattern = self.pattern_of(layer)
+        prepared = prepare(layout, pattern, pool=self._pool, backend=self.backend, device=device, dtype=dtype)
+        return Local(prepared, self._sharpness(layout, pattern))
+
+    def _sharpness(self, layout: TokenLayout, pattern: Pattern) -> float:
+        """The factor on the layer's own softmax scale."""
+        rows, columns, text = self.trained
+        trained = TokenLayout(rows, columns, before=text)
+        return softmax_scale(self.scale, 1, layout, pattern, trained=trained, pool=self._pool)
 
     def strip_rows(self, layout: TokenLayout) -> int:
         """Pooled blocks must not be cut."""
         return 1 if self._pool is None else self._pool.factor * self._pool.merged(layout)
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """What one layer needs at one size."""
+
+    prepared: Prepared
+    sharpness: float
+
+
+def layout_of(swap: Swap, context: Context, grid: tuple[int, int]) -> TokenLayout:
+    """The sequence a layer of this call sees on this grid."""
+    if swap.info.role != "joint":
+        return TokenLayout(*grid)
+    if swap.ours.text_first:
+        return TokenLayout(*grid, before=context.text, after=context.references)
+    return TokenLayout(*grid, after=context.references + context.text)

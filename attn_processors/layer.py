@@ -200,6 +200,7 @@ class LayerProcessor:
     Such a blank one has no method; the context puts the real one back before the next layer runs.
     """
 
+    text_first = False  # where text attends together with the picture: whether it comes first
     _attention_backend = None
     _parallel_config = None
 

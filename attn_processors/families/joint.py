@@ -7,7 +7,7 @@ before or after them, as the model has it. Everything but the picture's own toke
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..ops.layout import TokenLayout
 class JointLayer(LayerProcessor):
     """Base of the joint layers; a family adds `__call__` with the signature of its stock processor."""
 
-    text_first: ClassVar[bool] = True
+    text_first = True
 
     def open(
         self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any, holds_text: bool

@@ -20,6 +20,7 @@ Shapes: queries, keys and values are (B, tokens, h, d), the layout of diffusers'
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -28,17 +29,21 @@ from torch import Tensor
 
 from .cost import visited_keys
 from .flex import attend_blocks, why_not_flex
-from .halo import Softmax, attend_tiles, default_side, global_index, plan_tiles
+from .halo import Plan, Softmax, attend_tiles, default_side, global_index, plan_tiles
 from .layout import TokenLayout
-from .patterns import Pattern, TileWindow
+from .patterns import Disc, Pattern, Square, TileWindow
 from .pool import Pool, pool_bias, pool_grid
 from .tile import plan_window, why_not_tile
 
-__all__ = ["BACKENDS", "PatternUnavailable", "choose", "dense_with_lse", "explain", "local_attention", "sdpa"]
+__all__ = [
+    "BACKENDS", "PatternUnavailable", "Prepared",
+    "attend", "choose", "dense_with_lse", "explain", "local_attention", "prepare", "sdpa",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("dense", "reference", "tile", "halo", "flex")
+KEPT_TOKENS = 2048  # up to here an N x N mask is kept for the next call, 16 MiB at most in fp32
 REFERENCE_TOKENS = 16_384  # above, the N x N mask alone takes more than a gigabyte
 GATHER_COST = 1.5  # a gathered key costs about this many keys of one big softmax: copies, masks, smaller products
 SCORE_BYTES = 256 * 2**20  # logits that `dense_with_lse` holds at once
@@ -83,40 +88,97 @@ def local_attention(
         PatternUnavailable: `backend` cannot run; the message says why.
     """
     _check(q, k, v, layout, key_valid)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    prepared = prepare(
+        layout, pattern, pool=pool, backend=backend, device=q.device, dtype=q.dtype, needs_grad=needs_grad
+    )
+    return attend(q, k, v, prepared, pool_weights=pool_weights, key_valid=key_valid, scale=scale, softmax=softmax)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What does not depend on the numbers: the choice of the backend, index and mask tensors.
+
+    Made outside compiled regions, read inside them.
+    """
+
+    layout: TokenLayout
+    pattern: Pattern
+    pool: Pool | None
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    globals_at: Tensor  # index of the global tokens in the sequence, shape (T,)
+    plan: Plan | None  # of "halo" and "tile"
+    mask: Tensor | None  # of "reference" and "dense", over [sequence | pooled]
+
+
+def prepare(
+    layout: TokenLayout,
+    pattern: Pattern,
+    *,
+    pool: Pool | None = None,
+    backend: str = "auto",
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool = False,
+) -> Prepared:
+    """Choose and make index and mask tensors for `attend`; the last few are kept, so asking again is cheap.
+
+    Raises:
+        PatternUnavailable: `backend` cannot run.
+    """
+    taken = choose(layout, pattern, pool=pool, backend=backend, device=device.type, needs_grad=needs_grad, dtype=dtype)
+    plan, mask = None, None
+    if taken == "tile" and isinstance(pattern, TileWindow):
+        plan = plan_window(layout, pattern, pool, device, dtype)
+    elif taken == "halo":
+        side = default_side(layout, pattern, device.type)
+        plan = plan_tiles(layout, pattern, (side, side), pool, device, dtype)
+    elif taken in ("dense", "reference"):
+        make = _reference_mask if layout.grid_tokens <= KEPT_TOKENS else _reference_mask.__wrapped__
+        mask = make(layout, None if taken == "dense" else pattern, pool, device, dtype)
+    return Prepared(layout, pattern, pool, taken, device, dtype, global_index(layout).to(device), plan, mask)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prepared: Prepared,
+    *,
+    pool_weights: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    softmax: Softmax | None = None,
+) -> Tensor:
+    """`local_attention` with all choices made; the arguments mean what they mean there."""
+    layout, pool, backend = prepared.layout, prepared.pool, prepared.backend
     k, v = (_same_heads(x, q.shape[2]) for x in (k, v))
     if softmax is None:
         softmax = sdpa
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    backend = choose(
-        layout, pattern, pool=pool, backend=backend, device=q.device.type, needs_grad=needs_grad, dtype=q.dtype
-    )
     hidden = None if key_valid is None or not layout.global_tokens else ~layout.globals_of(key_valid)
     if backend == "dense" and pool is None:
-        return softmax(q, k, v, scale=scale, mask=_hidden_mask(layout, hidden, q))
+        return softmax(q, k, v, scale=scale, mask=_hidden_mask(prepared, hidden, q, layout.tokens))
 
     grid_q = q[:, layout.grid]
     keys, values = k, v
     if pool is not None:
         keys, values = (torch.cat([x, pool_grid(x, layout, pool, pool_weights)], dim=1) for x in (k, v))
     if backend == "flex":
-        grid = attend_blocks(grid_q, keys, values, layout, pattern, pool=pool, scale=scale, hidden=hidden)
-    elif backend in ("dense", "reference"):
-        mask = _reference_mask(layout, None if backend == "dense" else pattern, pool, q.device, q.dtype)
-        mask = _merge_masks(mask, _hidden_mask(layout, hidden, q, keys.shape[1]))
-        grid = softmax(grid_q, keys, values, scale=scale, mask=mask)
+        assert isinstance(prepared.pattern, Disc | Square)  # else `choose` had refused
+        grid = attend_blocks(grid_q, keys, values, layout, prepared.pattern, pool=pool, scale=scale, hidden=hidden)
+    elif prepared.plan is not None:
+        grid = attend_tiles(grid_q, keys, values, prepared.plan, scale=scale, softmax=softmax, hidden=hidden)
     else:
-        if isinstance(pattern, TileWindow) and backend == "tile":
-            plan = plan_window(layout, pattern, pool, q.device, q.dtype)
-        else:
-            side = default_side(layout, pattern, q.device.type)
-            plan = plan_tiles(layout, pattern, (side, side), pool, q.device, q.dtype)
-        grid = attend_tiles(grid_q, keys, values, plan, scale=scale, softmax=softmax, hidden=hidden)
+        mask = _merge_masks(prepared.mask, _hidden_mask(prepared, hidden, q, keys.shape[1]))
+        grid = softmax(grid_q, keys, values, scale=scale, mask=mask)
     if not layout.global_tokens:
         return grid
-    others = softmax(layout.globals_of(q), k, v, scale=scale, mask=_hidden_mask(layout, hidden, q))
-    return layout.assemble(grid, others)
+    mask = _hidden_mask(prepared, hidden, q, layout.tokens)
+    return layout.assemble(grid, softmax(layout.globals_of(q), k, v, scale=scale, mask=mask))
 
 
 def choose(
@@ -238,7 +300,7 @@ def _why_not(
     return None
 
 
-@lru_cache(maxsize=2)  # they are large
+@lru_cache(maxsize=8)
 def _reference_mask(
     layout: TokenLayout, pattern: Pattern | None, pool: Pool | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
@@ -260,12 +322,12 @@ def _reference_mask(
         return mask.to(device)[None, None]
 
 
-def _hidden_mask(layout: TokenLayout, hidden: Tensor | None, q: Tensor, keys: int | None = None) -> Tensor | None:
-    """The hidden globals as a mask over the sequence (and further keys, up to `keys`), shape (B, 1, 1, keys)."""
+def _hidden_mask(prepared: Prepared, hidden: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+    """The hidden globals as a mask over the first `keys` of [sequence | pooled], shape (B, 1, 1, keys)."""
     if hidden is None:
         return None
-    row = q.new_zeros(hidden.shape[0], keys or layout.tokens)
-    row[:, global_index(layout).to(q.device)] = hidden.to(q.dtype) * torch.finfo(q.dtype).min
+    row = q.new_zeros(hidden.shape[0], keys)
+    row[:, prepared.globals_at] = hidden.to(q.dtype) * torch.finfo(q.dtype).min
     return row[:, None, None]
 
 

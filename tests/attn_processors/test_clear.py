@@ -168,3 +168,20 @@ def test_settings_survive_json_and_words():
     assert ClearAttnProcessor.from_settings(method.settings()) == method
     assert ClearAttnProcessor.from_settings({"radius": "8", "pool": "4", "scale": "1.1"}).scale == 1.1
     assert isinstance(method, AttnMethod)
+
+
+@pytest.mark.parametrize("settings", [{"radius": 3, "backend": "halo"}, {"radius": 3, "pool": 2}], ids=str)
+def test_regional_compile_is_one_graph_per_kind_of_block(flux, settings):
+    model, graphs = flux.transformer, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    install(model, "clear", **settings)
+    want = denoise_flux(model, image_ids(8, 12))
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=counting)
+    for _ in range(2):
+        torch.testing.assert_close(denoise_flux(model, image_ids(8, 12)), want, atol=EXACT, rtol=0)
+    assert len(graphs) == 2  # a double and a single block
