@@ -12,8 +12,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import JointCall, LayerProcessor
+from ..layer import LayerCall, LayerProcessor
 from ..ops.layout import TokenLayout
+
+
+class JointCall(LayerCall):
+    """A call in which image and text tokens attend together; q, k and v are (B, layout.tokens, h, d) with rotary applied.
+
+    `x` holds the image tokens (and those of reference pictures, which follow them), `text` the text tokens, or None
+    where the layer takes one sequence that already holds both.
+    """
+
+    text: Tensor | None  # (B, T, C)
+
+    def __init__(
+        self,
+        layer: JointLayer,
+        attn: Any,
+        x: Tensor,
+        text: Tensor | None,
+        layout: TokenLayout,
+        rotary: Any = None,
+        mask: Tensor | None = None,
+    ):
+        super().__init__(layer, attn, x, layout.shape, mask, layout)
+        self.text, self.rotary, self._joint = text, rotary, layer
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]  # of the projection: under tensor parallelism fewer than attn.heads
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[3] ** -0.5
+
+    @property
+    def q(self) -> Tensor:
+        if self._q is None:
+            self._q = self._joint.rotate(self._joined("q"), self.rotary)
+        return self._q
+
+    @property
+    def k(self) -> Tensor:
+        if self._k is None:
+            self._k = self._joint.rotate(self._joined("k"), self.rotary)
+        return self._k
+
+    @property
+    def v(self) -> Tensor:
+        if self._v is None:
+            self._v = self._joined("v")
+        return self._v
+
+    def _joined(self, which: str) -> Tensor:
+        """Image and text projections in the layer's order, before the rotary embedding: (B, layout.tokens, h, d)."""
+        image = getattr(self._layer, f"project_{which}")(self._attn, self.x)
+        if self.text is None:
+            return image
+        text = self._joint.project_text(self._attn, self.text, which)
+        return torch.cat([text, image] if self._joint.text_first else [image, text], dim=1)
 
 
 class JointLayer(LayerProcessor):
