@@ -209,8 +209,9 @@ def undo(context: Context, item: Installation) -> None:
     context.adopt()
     for patch in reversed(item.patches):
         if getattr(patch.module, patch.attribute, None) is patch.replacement:
-            if isinstance(patch.original, nn.Parameter):  # it missed a move of the model meanwhile
-                patch.original.data = patch.original.data.to(patch.replacement.device, patch.replacement.dtype)
+            before, now = patch.original, patch.replacement
+            if isinstance(before, nn.Parameter) and isinstance(now, nn.Parameter):
+                before.data = before.data.to(now.device, now.dtype)  # it missed a move of the model meanwhile
             if patch.own:
                 setattr(patch.module, patch.attribute, patch.original)
             else:

@@ -75,13 +75,14 @@ def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
     """What the root was called with under this name; pipelines mix positional and keyword arguments."""
     if name in kwargs:
         return kwargs[name]
-    place = _parameters(type(model)).index(name)
+    place = _parameters(type(model)).index(name)  # type: ignore[arg-type]
     return args[place] if place < len(args) else None
 
 
 def replaced(model: nn.Module, args: tuple, kwargs: dict, **values: Any) -> tuple[tuple, dict]:
     """The root's arguments with some of them replaced; all become keywords."""
-    return (), {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs, **values}
+    names = _parameters(type(model))  # type: ignore[arg-type]
+    return (), {**dict(zip(names, args, strict=False)), **kwargs, **values}
 
 
 @functools.cache

@@ -208,8 +208,9 @@ def _forward(
     outputs: list[list[Tensor]] = [[] for _ in range(1 if hidden is None else q.shape[0])]
     for chunk in _chunks(q, plan, hidden):
         own = (x[chunk.samples] for x in (q, k, v))
-        gathered = [x.index_select(1, i) for x, i in zip(own, (chunk.queries, chunk.keys, chunk.keys), strict=True)]
-        outputs[chunk.samples.start].append(chunk.attend(*gathered, scale, softmax))
+        at = (chunk.queries, chunk.keys, chunk.keys)
+        q_rows, k_rows, v_rows = (x.index_select(1, i) for x, i in zip(own, at, strict=True))
+        outputs[chunk.samples.start].append(chunk.attend(q_rows, k_rows, v_rows, scale, softmax))
     samples = [torch.cat(parts, dim=1).index_select(1, plan.back) for parts in outputs]
     return samples[0] if hidden is None else torch.cat(samples)
 
@@ -238,7 +239,7 @@ class _Recomputed(torch.autograd.Function):
                 for x, i in ((q, chunk.queries), (k, chunk.keys), (v, chunk.keys))
             ]
             with torch.enable_grad():
-                out = chunk.attend(*leaves, scale, softmax)
+                out = chunk.attend(leaves[0], leaves[1], leaves[2], scale, softmax)
             share = torch.autograd.grad(out, leaves, grad[sample].index_select(1, chunk.queries))
             dq[sample].index_copy_(1, chunk.queries, share[0])  # each query is in one tile
             dk[sample].index_add_(1, chunk.keys, share[1].to(wide))

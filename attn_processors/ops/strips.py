@@ -83,8 +83,8 @@ def strip_attention(
     reached = [_reached(pattern, rows, whole.height) for rows in strip.parts]
     first, end = reached[comm.rank]
     both = torch.stack([k[:, own.grid], v[:, own.grid]])  # keys and values in one message
-    tokens = [[(a * width, b * width) for a, b in spans] for spans in (strip.parts, reached)]
-    grid_k, grid_v = comm.collect(both, *tokens, dim=2)
+    owned, wanted = ([(a * width, b * width) for a, b in spans] for spans in (strip.parts, reached))
+    grid_k, grid_v = comm.collect(both, owned, wanted, dim=2)
 
     near = TokenLayout(end - first, width, before=whole.before, after=whole.after)
     keys, values = (near.assemble(grid, own.globals_of(x)) for grid, x in ((grid_k, k), (grid_v, v)))
