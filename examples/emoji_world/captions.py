@@ -5,10 +5,11 @@ Byte-pair merges are learned from captions, so every word of the world is one to
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from . import world
@@ -20,19 +21,36 @@ WIDTH = 128
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE with the merges that spell the words of the world."""
     words = sorted({*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"})
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>", show_progress=False,
-    )  # fmt: skip
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator([" ".join(words)], trainer)
-    learned = learner.to_str()
-    merges = [tuple(pair) for pair in json.loads(learned)["model"]["merges"]]
+    merges = learn_merges(words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one piece of every word: the most frequent pair first, of equals the first by letters.
+
+    The tokenizers library breaks ties by the order of a hash table, so two processes would number words differently.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merged(pieces, best) for pieces in spelled]
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with every occurrence of the pair made one."""
+    done: list[str] = []
+    for piece in pieces:
+        if done and (done[-1], piece) == pair:
+            done[-1] += piece
+        else:
+            done.append(piece)
+    return done
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

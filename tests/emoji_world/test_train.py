@@ -139,6 +139,24 @@ def test_tiny_flux_packs_latents_as_the_stock_pipeline_does() -> None:
     assert torch.equal(train_flux.unpack(packed, 4, 6), latents)
 
 
+def test_every_process_numbers_the_words_alike() -> None:
+    """Merges of the tokenizers library depend on a hash seed; a training on two processes then mixes up words."""
+    code = "from reattend.emoji_world.captions import build_tokenizer as b; print(sorted(b().get_vocab().items()))"
+    seeds = ("1", "2")
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for seed in seeds
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert str(sorted(captions.build_tokenizer().get_vocab().items())) == runs[0].stdout.strip()
+
+
 def test_t5_takes_every_word_as_one_piece_and_spells_the_rest() -> None:
     tokenizer = captions.build_t5_tokenizer()
     assert tokenizer.tokenize("a blue car and an apple on sand") == [
