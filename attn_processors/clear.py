@@ -49,16 +49,13 @@ class ClearAttnProcessor(AttnMethod):
     """
 
     radius: float = 16.0  # in tokens, >= 1; an image token sees those nearer than this; 8, 16, 32 are published
-    pattern: Literal["disc", "square", "tile"] = (
-        "disc"  # disc: as published; square: sides 2 radius - 1; tile: whole tiles
-    )
+    pattern: Literal["disc", "square", "tile"] = "disc"  # as published; side 2 radius - 1; whole tiles
     tile: tuple[int, int] = (16, 16)  # rows and columns of a tile, for pattern="tile"
     radii: tuple[tuple[str, float], ...] = ()  # (regular expression for layer names, radius): the first that fits wins
     pool: int | None = None  # side of the cells whose mean every image token sees besides; None = no pooled keys
     pool_budget: int | None = 1024  # most pooled keys there may be, which keeps them linear; None = no limit
-    scale: Literal["none", "tokens", "tokens_x10", "visible"] | float = (
-        "none"  # softmax scale away from the trained size
-    )
+    # softmax scale away from the trained size, see ops.scale
+    scale: Literal["none", "tokens", "tokens_x10", "visible"] | float = "none"
     trained: tuple[int, int, int] = (64, 64, 512)  # rows, columns and text tokens the weights were trained with
     start: float = 0.0  # fraction of the steps before which all tokens see each other, in [0, 1)
     until: float = 1.0  # fraction of the steps after which they do again, in (0, 1]
@@ -139,17 +136,23 @@ class ClearAttnProcessor(AttnMethod):
         return None if self.pool is None else Pool(self.pool, self.pool_budget)
 
     def prepare(self, context: Context) -> None:
-        """Choose backends and make index tensors for all layers here: layers then only read them, also when compiled."""
+        """Choose backends and make index tensors for all layers here: layers then only read them, also when compiled.
+
+        Once per size: what a layer has from the call before is kept if it fits.
+        """
         if context.strip is not None:
             return
         for installation in context.installations:
             if installation.method is self:
                 for swap in installation.swaps:
-                    layouts = (layout_of(swap, context, grid) for grid in context.grids.values())
-                    context.slots[NAME, swap.info.name] = {
-                        layout.tokens: self._local(swap.info.name, layout, context.device, context.model.dtype)
-                        for layout in layouts
-                    }
+                    held, name = context.slots.get((NAME, swap.info.name), {}), swap.info.name
+                    kept = {}
+                    for grid in context.grids.values():
+                        layout = layout_of(swap, context, grid)
+                        kept[layout.tokens] = self._local(
+                            name, layout, context.device, context.model.dtype, held.get(layout.tokens)
+                        )
+                    context.slots[NAME, name] = kept
 
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         """Attention of one layer, (B, N, heads * head_dim)."""
@@ -162,9 +165,8 @@ class ClearAttnProcessor(AttnMethod):
             "softmax": call.softmax,
         }
         if strip is None:
-            local = call.context.slots.get((NAME, call.name), {}).get(call.layout.tokens)
-            if local is None or local.prepared.dtype != call.q.dtype or local.prepared.layout != call.layout:
-                local = self._local(call.name, call.layout, call.q.device, call.q.dtype)
+            held = call.context.slots.get((NAME, call.name), {}).get(call.layout.tokens)
+            local = self._local(call.name, call.layout, call.q.device, call.q.dtype, held)
             out = attend(call.q, call.k, call.v, local.prepared, scale=call.scale * local.sharpness, **settings)
         elif phase == DENSE:
             out = strip_attention(call.q, call.k, call.v, call.whole, Dense(), strip, scale=call.scale, **settings)
@@ -176,10 +178,17 @@ class ClearAttnProcessor(AttnMethod):
             )
         return out.flatten(2)
 
-    def _local(self, layer: str, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> Local:
+    def _local(
+        self, layer: str, layout: TokenLayout, device: torch.device, dtype: torch.dtype, held: Local | None = None
+    ) -> Local:
+        """What a layer needs at this size: `held`, if it is that."""
+        if held is not None and held.method is self:
+            prepared = held.prepared
+            if prepared.layout == layout and prepared.device == device and prepared.dtype == dtype:
+                return held
         pattern = self.pattern_of(layer)
         prepared = prepare(layout, pattern, pool=self._pool, backend=self.backend, device=device, dtype=dtype)
-        return Local(prepared, self._sharpness(layout, pattern))
+        return Local(self, prepared, self._sharpness(layout, pattern))
 
     def _sharpness(self, layout: TokenLayout, pattern: Pattern) -> float:
         """The factor on the layer's own softmax scale."""
@@ -194,8 +203,9 @@ class ClearAttnProcessor(AttnMethod):
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """What one layer needs at one size."""
+    """What one layer needs at one size, by the settings of `method`."""
 
+    method: ClearAttnProcessor
     prepared: Prepared
     sharpness: float
 

@@ -56,6 +56,7 @@ def patches(target: Any, group: Any = None) -> Iterator[Comm]:
             context = _ready(model)
             models.append(context)
             if comm.size > 1:
+                context.strip = Strip(comm, ())  # its rows come with each call
                 # Before the family's own hooks, which need the strip, and after the context, which knows the grid.
                 handles.append(model.register_forward_pre_hook(_Splitter(context, comm)))
                 handles += context.family.split(context, _Take(context), _Join(context))

@@ -169,6 +169,9 @@ def attend(
         keys, values = (torch.cat([x, pool_grid(x, layout, pool, pool_weights)], dim=1) for x in (k, v))
     if backend == "flex":
         assert isinstance(prepared.pattern, Disc | Square)  # else `choose` had refused
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if reason := why_not_flex(layout, prepared.pattern, q.device.type, needs_grad, q.dtype):
+            raise PatternUnavailable(f"backend 'flex': {reason}. backend='auto' takes one that runs.")
         grid = attend_blocks(grid_q, keys, values, layout, prepared.pattern, pool=pool, scale=scale, hidden=hidden)
     elif prepared.plan is not None:
         grid = attend_tiles(grid_q, keys, values, prepared.plan, scale=scale, softmax=softmax, hidden=hidden)

@@ -185,3 +185,30 @@ def test_regional_compile_is_one_graph_per_kind_of_block(flux, settings):
     for _ in range(2):
         torch.testing.assert_close(denoise_flux(model, image_ids(8, 12)), want, atol=EXACT, rtol=0)
     assert len(graphs) == 2  # a double and a single block
+
+
+def test_what_a_size_needs_is_made_once_and_again_for_other_settings(flux):
+    model = flux.transformer
+    handle = install(model, "clear", radius=3, layers="^single")
+    slot = "clear", "single_transformer_blocks.0.attn"
+    denoise_flux(model, image_ids(8, 12))
+    context = next(iter(model._forward_pre_hooks.values()))
+    (first,) = context.slots[slot].values()
+    denoise_flux(model, image_ids(8, 12))
+    assert list(context.slots[slot].values()) == [first]
+    other = install(model, "clear", radius=2, layers="^transformer")  # keeps the context alive
+    handle.remove()
+    install(model, "clear", radius=5, layers="^single")
+    denoise_flux(model, image_ids(8, 12))
+    (second,) = context.slots[slot].values()
+    assert second is not first and second.prepared.pattern.radius == 5
+    other.remove()
+
+
+def test_flex_refuses_gradients_on_a_cpu_in_a_sentence(flux):
+    block = flux.transformer.single_transformer_blocks[0].attn
+    with installed(flux.transformer, "clear", radius=3, backend="flex", layers="^single"):
+        context = next(iter(flux.transformer._forward_pre_hooks.values()))
+        context.grids, context.text = {96: (8, 12)}, 7
+        with pytest.raises(ValueError, match="no gradient"):
+            block(torch.randn(1, 103, 32, requires_grad=True))
