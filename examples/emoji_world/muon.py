@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are orthogonalised before they are applied (Jordan et al. 2024), for convolutions too.
 
-Training tiny-sd reaches a given loss in about two thirds of AdamW's steps. `torch.optim.Muon` takes matrices only and
-iterates on the whole matrix; here a kernel (out, in, 3, 3) is a matrix (out, 9 in), and the Newton-Schulz polynomial is
+The trainings here use it for all weights but vectors and embeddings. `torch.optim.Muon` takes matrices only and iterates on
+the whole matrix; here a kernel (out, in, 3, 3) is a matrix (out, 9 in), and the Newton-Schulz polynomial is
 evaluated on the small Gram matrix, which makes it cheap enough for a CPU.
 """
 

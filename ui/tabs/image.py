@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ..image_job import fill_form, read_form
-from ..jobs import Session, Worker
+from ..jobs import Worker
 from . import parts
 
 PREFIX = ""
@@ -21,13 +21,7 @@ def image_tab(worker: Worker, models: Sequence[str]) -> None:
         worker: runs `ImageJob` for all sessions.
         models: names or folders the page offers; the first is chosen.
     """
-    session = gr.State(Session(worker), delete_callback=parts.stop_run)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=340):
-            form, groups = _controls(models)
-        with gr.Column(scale=6, min_width=340):
-            screen = parts.results(PREFIX)
-    parts.connect(session, form, groups, screen, parts.Form(read_form, fill_form, models))
+    parts.lay_out(worker, PREFIX, lambda: _controls(models), parts.Form(read_form, fill_form, models))
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ from ...attn_processors import ATTN_PROCESSORS
 from ...pipelines.recipe import DTYPES, Recipe
 from ..attention_form import FIRST, STOCK, Setting, method_label, settings_of
 from ..image_job import View, load_recipe, make_image, summary
-from ..jobs import Made, Session
+from ..jobs import Made, Session, Worker
 
 SESSIONS = 16  # how many may wait for a picture at once; the worker makes one after another
 
@@ -36,6 +36,22 @@ class Form:
     read: Callable[[Mapping[str, Any], Sequence[str]], Recipe]
     fill: Callable[[Recipe, Sequence[str]], dict[str, Any]]
     models: Sequence[str]
+
+
+def lay_out(
+    worker: Worker, prefix: str, controls: Callable[[], tuple[dict[str, Any], dict[str, Any]]], how: Form
+) -> None:
+    """A tab with its form on the left and what comes of it on the right, connected.
+
+    controls: draws the left column; gives form fields by name, and the group of settings of each attention.
+    """
+    session = gr.State(Session(worker), delete_callback=stop_run)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=340):
+            form, groups = controls()
+        with gr.Column(scale=6, min_width=340):
+            screen = results(prefix)
+    connect(session, form, groups, screen, how)
 
 
 def prompt_controls(form: dict[str, Any], prefix: str) -> None:

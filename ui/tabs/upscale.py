@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ...pipelines.stages import Upscale
-from ..jobs import Session, Worker
+from ..jobs import Worker
 from ..upscale_job import fill_upscale_form, read_upscale_form
 from . import parts
 
@@ -23,13 +23,8 @@ def upscale_tab(worker: Worker, models: Sequence[str]) -> None:
         worker: runs `ImageJob` for all sessions.
         models: names or folders the page offers; the first is chosen.
     """
-    session = gr.State(Session(worker), delete_callback=parts.stop_run)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=340):
-            form, groups = _controls(models)
-        with gr.Column(scale=6, min_width=340):
-            screen = parts.results(PREFIX)
-    parts.connect(session, form, groups, screen, parts.Form(read_upscale_form, fill_upscale_form, models))
+    form = parts.Form(read_upscale_form, fill_upscale_form, models)
+    parts.lay_out(worker, PREFIX, lambda: _controls(models), form)
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
