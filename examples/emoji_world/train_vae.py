@@ -34,7 +34,8 @@ class VaeConfig:
     """Training of the VAE."""
 
     out: Path = Path("runs/vae")  # folder of the state, the log and the finished weights
-    decoder_of: Path | None = None  # finished VAE whose decoder alone is trained on: its latents stay what they are
+    start_from: Path | None = None  # finished VAE whose weights a new run begins with
+    decoder_only: bool = False  # train the decoder alone, so that the latents stay what they are
     steps: int = 1800  # optimiser steps in all
     batch: int = 16  # crops per step
     crop: int = 64  # side of a crop in pixels
@@ -112,8 +113,11 @@ def psnr(vae: AutoencoderKL, count: int = 32) -> float:
 def train(config: VaeConfig) -> AutoencoderKL:
     config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    vae = build_vae() if config.decoder_of is None else AutoencoderKL.from_pretrained(config.decoder_of)
-    trained = vae if config.decoder_of is None else torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    if config.start_from is None:
+        vae = build_vae()
+    else:
+        vae = AutoencoderKL.from_pretrained(config.start_from, torch_dtype=torch.float32)
+    trained = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv]) if config.decoder_only else vae
     vae.requires_grad_(False)
     trained.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -152,8 +156,8 @@ def train(config: VaeConfig) -> AutoencoderKL:
 
 
 def finish(vae: AutoencoderKL, config: VaeConfig, count: int = 200) -> None:
-    """Save as a diffusers folder; a new encoder gets the scaling factor that gives its latents unit variance."""
-    if config.decoder_of is None:
+    """Save as a diffusers folder; a trained encoder gets the scaling factor that gives its latents unit variance."""
+    if not config.decoder_only:
         rng = np.random.default_rng(1)
         with torch.no_grad():
             batch = torch.from_numpy(np.stack([pixels(world.sample_scene(rng), 128) for _ in range(count)]))

@@ -197,7 +197,7 @@ def test_vae_training_resumes_and_decoder_training_keeps_the_latents(
         torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
 
     whole.save_pretrained(tmp_path / "vae")
-    decoder = train_vae.train(replace(config, out=tmp_path / "decoder", decoder_of=tmp_path / "vae"))
+    decoder = train_vae.train(replace(config, out=tmp_path / "decoder", start_from=tmp_path / "vae", decoder_only=True))
     same = [torch.equal(a, b) for a, b in zip(whole.encoder.parameters(), decoder.encoder.parameters(), strict=True)]
     other = [torch.equal(a, b) for a, b in zip(whole.decoder.parameters(), decoder.decoder.parameters(), strict=True)]
     assert all(same)
