@@ -53,6 +53,9 @@ def load(
     folder = _folder(str(source))
     pipe = _from_folder(folder, numbers).to(place)
     pipe.register_to_config(_name_or_path=str(source))  # a bundled name or hub id, not the place of its files
+    if folder in bundled().values() and hasattr(pipe, "transformer"):
+        # Pipelines of transformers take 1024 px for granted; the VAE of a bundled model tells its base size.
+        pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
     from ..attn_processors import pluggable
 
     return pluggable(pipe)

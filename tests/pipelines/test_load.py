@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -36,6 +38,16 @@ def test_a_bundled_name_loads_from_the_package(sd_folder, monkeypatch):
     monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", sd_folder.parent)
     assert bundled() == {"tiny-sd": sd_folder}
     assert load("tiny-sd").name_or_path == "tiny-sd"
+
+
+def test_a_bundled_transformer_draws_at_the_size_its_vae_tells(tmp_path, monkeypatch):
+    model = copy.deepcopy(tiny.flux_pipeline())
+    model.vae.register_to_config(sample_size=24)
+    model.save_pretrained(tmp_path / "tiny-flux")
+    assert load(tmp_path / "tiny-flux").default_sample_size == 128  # the stock pipeline's own
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", tmp_path)
+    pipe = load("tiny-flux")
+    assert pipe.default_sample_size * pipe.vae_scale_factor == 24
 
 
 def test_dtype_is_taken_by_name_and_half_precision_files_become_float32(sd_folder, tmp_path):
