@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_dits
 import torch
 from lockstep import lockstep
 from tiny import denoise_flux, image_ids
@@ -57,6 +58,26 @@ def test_pipelines_give_the_same_latents_on_every_rank(name, ranks, settings, re
     for got, alone in as_ranks(monkeypatch, ranks, work):
         torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
         assert torch.equal(alone, want)
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwenimage"])
+@pytest.mark.parametrize("settings", [{"radius": 3}, {"radius": 2, "pool": 2}], ids=str)
+def test_other_transformers_give_the_same_latents_on_every_rank(name, settings, monkeypatch):
+    denoise = getattr(tiny_dits, f"denoise_{name}")
+    models = [copy.deepcopy(getattr(tiny_dits, name)()) for _ in range(3)]
+    for model in models:
+        install(model, "clear", **settings)
+    mask = {"encoder_hidden_states_mask": torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])}
+    more = mask if name == "qwenimage" else {}
+    want = denoise(models[0], (11, 6), batch=2, **more)
+
+    def work(rank: int) -> torch.Tensor:
+        with patches(models[rank]):
+            return denoise(models[rank], (11, 6), batch=2, **more)
+
+    for got in as_ranks(monkeypatch, 3, work):
+        torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
+    assert torch.equal(denoise(models[0], (11, 6), batch=2, **more), want)
 
 
 def test_one_rank_sends_nothing_and_changes_nothing(flux):
