@@ -18,7 +18,6 @@ from reattend.attn_processors.ops.layout import TokenLayout
 from reattend.attn_processors.ops.local import (
     PatternUnavailable,
     choose,
-    dense_with_lse,
     explain,
     local_attention,
     sdpa,
@@ -251,23 +250,6 @@ def test_all_attention_runs_through_the_given_softmax_and_whole_tiles_without_ma
     local_attention(*qkv(layout), layout, Disc(3), scale=0.3, backend="halo", softmax=recording)
     assert masks[-1] is None  # global queries
     assert all(mask.ndim == 4 and mask.shape[-1] % halo.ALIGN == 0 for mask in masks[:-1])
-
-
-def test_partial_softmaxes_merge_to_the_whole(monkeypatch):
-    monkeypatch.setattr(local, "SCORE_BYTES", 4000)
-    q, k, v = qkv(TokenLayout(6, 7), batch=2)
-    q = q[:, :9]
-    valid = torch.rand(2, 42, generator=torch.Generator().manual_seed(0)) < 0.7
-    valid[:, :10] = False  # a part without a key
-    parts = [
-        dense_with_lse(q, k[:, s], v[:, s], scale=0.5, key_valid=valid[:, s]) for s in (slice(0, 10), slice(10, 42))
-    ]
-    lse = torch.stack([part for _, part in parts])
-    total = lse.logsumexp(dim=0)
-    merged = sum((part - total).exp().unsqueeze(-1) * out for out, part in parts)
-    mask = torch.zeros(2, 1, 1, 42, dtype=q.dtype).masked_fill(~valid[:, None, None], -math.inf)
-    torch.testing.assert_close(merged, sdpa(q, k, v, scale=0.5, mask=mask), atol=EXACT, rtol=0)
-    assert total.shape == (2, 9, 2) and dense_with_lse(q.half(), k.half(), v.half(), scale=1)[1].dtype == torch.float32
 
 
 # Cost
