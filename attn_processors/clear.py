@@ -41,7 +41,9 @@ ROUNDING = 1e-6  # progress is a quotient of step numbers
 
 @dataclass(frozen=True, kw_only=True)
 class ClearAttnProcessor(AttnMethod):
-    """Local attention in the self-attention of UNets and of PixArt, and in the joint attention of FLUX and SD3.
+    """Local attention in the self-attention of UNets and PixArt, and where pictures and text attend together.
+
+    That is in FLUX, FLUX.2, Stable Diffusion 3, Qwen-Image and Z-Image.
 
     Any size, aspect ratio, batch and text length, in any order, in one process.
 
@@ -145,14 +147,13 @@ class ClearAttnProcessor(AttnMethod):
         for installation in context.installations:
             if installation.method is self:
                 for swap in installation.swaps:
-                    held, name = context.slots.get((NAME, swap.info.name), {}), swap.info.name
-                    kept = {}
+                    held, kept = swap.ours.kept, {}
                     for grid in context.grids.values():
                         layout = layout_of(swap, context, grid)
                         kept[layout.tokens] = self._local(
-                            name, layout, context.device, context.model.dtype, held.get(layout.tokens)
+                            swap.info.name, layout, context.device, context.model.dtype, held.get(layout.tokens)
                         )
-                    context.slots[NAME, name] = kept
+                    swap.ours.kept = kept
 
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         """Attention of one layer, (B, N, heads * head_dim)."""
@@ -165,7 +166,7 @@ class ClearAttnProcessor(AttnMethod):
             "softmax": call.softmax,
         }
         if strip is None:
-            held = call.context.slots.get((NAME, call.name), {}).get(call.layout.tokens)
+            held = call.kept.get(call.layout.tokens)
             local = self._local(call.name, call.layout, call.q.device, call.q.dtype, held)
             out = attend(call.q, call.k, call.v, local.prepared, scale=call.scale * local.sharpness, **settings)
         elif phase == DENSE:
@@ -212,8 +213,5 @@ class Local:
 
 def layout_of(swap: Swap, context: Context, grid: tuple[int, int]) -> TokenLayout:
     """The sequence a layer of this call sees on this grid."""
-    if swap.info.role != "joint":
-        return TokenLayout(*grid)
-    if swap.ours.text_first:
-        return TokenLayout(*grid, before=context.text, after=context.references)
-    return TokenLayout(*grid, after=context.references + context.text)
+    before, after = swap.ours.others(context)
+    return TokenLayout(*grid, before=before, after=after)

@@ -81,7 +81,7 @@ class Context:
     Refreshed by every call of the denoiser:
         grids: token count -> (height, width), for every level of the model
         text: tokens of text that attend together with the picture's (0 where text has layers of its own)
-        references: tokens of reference pictures that follow the picture's own, in models that take them
+        references: tokens of reference pictures, or of filling, that follow the picture's own, in models that have them
         batch, frames: rows of the call, and pictures per row (1 for images)
         strip: this rank's rows of the grid, where the picture is split over ranks; None = it is whole
         device: of the call
@@ -117,11 +117,6 @@ class Context:
     def step(self) -> int | None:
         """Index of this timestep in `pipe.scheduler.timesteps`; None for a bare model or an unknown timestep."""
         return self._locate()[1]
-
-    def reset(self) -> None:
-        """Forget what methods kept and where the last run was."""
-        self.slots.clear()
-        self._last, self._position = 0, None
 
     # -- the hook -----------------------------------------------------------------------------------------------------
 

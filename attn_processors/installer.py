@@ -270,7 +270,7 @@ def _fill(
         stock = module.processor
         if isinstance(stock, LayerProcessor):  # a retired one
             stock = stock.stock
-        ours = context.family.layer(item.method, context, info.name, info.level, stock)
+        ours = context.family.layer_of(module)(item.method, context, info.name, info.level, stock)
         for attribute in ("_attention_backend", "_parallel_config"):
             if getattr(stock, attribute, None) is not None:
                 setattr(ours, attribute, getattr(stock, attribute))

@@ -68,6 +68,11 @@ class LayerCall:
         return self._layer.level
 
     @property
+    def kept(self) -> dict[Any, Any]:
+        """What the method's `prepare` left for this layer."""
+        return self._layer.kept
+
+    @property
     def context(self) -> Context:
         return self._layer.context
 
@@ -141,7 +146,6 @@ class LayerProcessor:
     Such a blank one has no method; the context puts the real one back before the next layer runs.
     """
 
-    text_first = False  # where text attends together with the picture: whether it comes first
     _attention_backend = None
     _parallel_config = None
 
@@ -160,6 +164,13 @@ class LayerProcessor:
         self.neutral = method is not None and method.neutral  # run the stock processor
         self.retired = False  # removed by its handle
         self.phase = 0  # written by the context between root calls, read inside compiled regions
+        self.kept: dict[
+            Any, Any
+        ] = {}  # by `prepare` for this layer; not by name, which a compiler would tell layers by
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what single calls left behind."""
+        return self.__dict__ | {"kept": {}}
 
     def project_q(self, attn: Any, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -187,6 +198,10 @@ class LayerProcessor:
             f"this {type(self).__name__} was made without settings and its denoiser has none of ours installed any "
             "more; set a stock processor there, or install again."
         )
+
+    def others(self, context: Context) -> tuple[int, int]:
+        """How many tokens without a place in the picture the layer sees (before, after) the picture's, in this call."""
+        return 0, 0
 
     def __call__(self, attn: Any, hidden_states: Tensor) -> Tensor:
         raise NotImplementedError

@@ -16,12 +16,13 @@ from .stages import Upscale
 
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
-    from .image import Picture, generate, preview
+    from .image import generate, preview
+    from .picture import Picture
     from .splitting import patches
     from .upscaling import upscale
 
 _HOME = {
-    "Picture": ".image",
+    "Picture": ".picture",
     "generate": ".image",
     "patches": ".splitting",
     "pluggable": "..attn_processors",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 __all__ = ["check_writable", "free_path", "written_whole"]
@@ -43,11 +43,15 @@ def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
             aside.unlink(missing_ok=True)
 
 
-def free_path(folder: Path, text: str, suffix: str) -> Path:
-    """A path in `folder` that does not exist yet, named after `text`: letters and digits, at most 48 of them."""
+def free_path(folder: Path, text: str, suffix: str, others: Sequence[str] = ()) -> Path:
+    """A path in `folder` that does not exist yet, named after `text`: letters and digits, at most 48 of them.
+
+    others: in place of `suffix` they give names that must not exist either.
+    """
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower())[:48].strip("-") or "picture"
-    names = (f"{stem}{f'-{i}' if i > 1 else ''}{suffix}" for i in range(1, 10**9))
-    return next(path for name in names if not (path := folder / name).exists())
+    names = (f"{stem}-{i}" if i > 1 else stem for i in range(1, 10**9))
+    free = (name for name in names if not any((folder / (name + end)).exists() for end in (suffix, *others)))
+    return folder / (next(free) + suffix)
 
 
 def check_writable(path: Path) -> None:

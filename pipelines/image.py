@@ -12,7 +12,7 @@ import inspect
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -25,25 +25,11 @@ from ..attn_processors.context import context_of
 from ..attn_processors.installer import denoisers
 from .events import CancelToken, StepEvent
 from .load import load
+from .picture import Picture
 from .recipe import Recipe
 from .splitting import patches
 
 __all__ = ["Picture", "generate", "preview"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
-    """A finished picture and the recipe that makes it again: nothing in the recipe is left to chance or defaults.
-
-    Attributes:
-        image: the picture.
-        recipe: makes the same pixels again on a CPU.
-        smaller: the pictures it grew from, smallest first; empty if it was made in one go.
-    """
-
-    image: Image.Image
-    recipe: Recipe
-    smaller: tuple[Image.Image, ...] = ()
 
 
 def generate(

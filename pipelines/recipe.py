@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from .stages import Upscale
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DTYPES", "Recipe"]
+__all__ = ["DTYPES", "Recipe", "save_pictures"]
 
 FORMAT = "reattend recipe"
 VERSION = 1
@@ -154,19 +154,7 @@ class Recipe:
 
         Both files appear whole or not at all. Returns the two paths.
         """
-        from PIL.PngImagePlugin import PngInfo
-
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"a picture is written as PNG: got {str(path)!r}; give a name that ends in .png")
-        chunks = PngInfo()
-        chunks.add_text("parameters", self.parameters)
-        chunks.add_text("reattend", self.to_json())
-        sidecar = path.with_name(path.name + ".json")
-        with written_whole(path, sidecar) as (aside, aside_json):
-            image.save(aside, format="PNG", pnginfo=chunks)
-            aside_json.write_text(self.to_json() + "\n", encoding="utf-8")
-        return path, sidecar
+        return save_pictures([(self, image, Path(path))])[0]
 
     @property
     def parameters(self) -> str:
@@ -184,6 +172,28 @@ class Recipe:
         }
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value is not None)
         return "\n".join([self.prompt, *([f"Negative prompt: {self.negative}"] if self.negative else []), line])
+
+
+def save_pictures(pictures: Sequence[tuple[Recipe, Image.Image, Path]]) -> list[tuple[Path, Path]]:
+    """Write pictures as PNG, each with its recipe inside and beside it; all files appear whole, or none does.
+
+    Returns the two paths of each.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    paths = []
+    for _, _, path in pictures:
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"a picture is written as PNG: got {str(path)!r}; give a name that ends in .png")
+        paths.append((path, path.with_name(path.name + ".json")))
+    with written_whole(*(path for both in paths for path in both)) as asides:
+        for number, (recipe, image, _) in enumerate(pictures):
+            chunks = PngInfo()
+            chunks.add_text("parameters", recipe.parameters)
+            chunks.add_text("reattend", recipe.to_json())
+            image.save(asides[2 * number], format="PNG", pnginfo=chunks)
+            asides[2 * number + 1].write_text(recipe.to_json() + "\n", encoding="utf-8")
+    return paths
 
 
 def _words(entry: Mapping[str, Any]) -> str:

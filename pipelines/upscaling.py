@@ -25,8 +25,9 @@ from PIL import Image, ImageOps
 
 from ..attn_processors.installer import denoisers
 from .events import CancelToken, StepEvent
-from .image import Picture, attention_of, filled_in, generate, stock_call
+from .image import attention_of, filled_in, generate, stock_call
 from .load import load
+from .picture import Picture
 from .recipe import Recipe
 from .stages import Size, Upscale, fitting, stage_sizes
 

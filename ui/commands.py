@@ -78,6 +78,7 @@ class Image:
         began = time.monotonic()
         quiet_libraries()  # before the imports: some of their notices come with those
         from ..pipelines import generate, load, upscale
+        from ..pipelines.picture import size_endings
 
         make = generate if recipe.upscale is None else upscale
         with joined() as ranks:
@@ -86,13 +87,17 @@ class Image:
                 picture = make(ranks.seeded(recipe), pipe=pipe, on_step=bar, split=ranks.split)
         if not ranks.speaks:
             return
-        path = self.out if named else free_path(self.out, f"{recipe.prompt} {picture.recipe.seed}", ".png")
-        image, sidecar = picture.recipe.save(picture.image, path)
+        words = f"{recipe.prompt} {picture.recipe.seed}"
+        path = self.out if named else free_path(self.out, words, ".png", size_endings(picture))
+        *smaller, (image, sidecar) = picture.save(path)
         seconds = time.monotonic() - began
         if self.json:
             made = {"image": str(image), "recipe_file": str(sidecar), "seconds": round(seconds, 3)}
+            made |= {"smaller": [str(file) for file, _ in smaller]} if recipe.upscale else {}
             print(json_text.dumps({**made, "recipe": json_text.loads(picture.recipe.to_json())}))
         else:
+            for file, _ in smaller:
+                print(file)
             print(f"{image}  (seed {picture.recipe.seed}, {seconds:.1f} s)")
 
     def to_recipe(self) -> Recipe:
@@ -117,7 +122,7 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Upscale(Image):
-    """Make a picture and enlarge it in stages, each of which adds detail; write the largest as PNG with its recipe.
+    """Make a picture and enlarge it in stages, each of which adds detail; write every size as PNG with its recipe.
 
     Start from a text, from the recipe of a picture that reattend made, or from any picture file (--source). Width and
     height are those of the first picture.
@@ -253,6 +258,8 @@ class Bench:
     """Tiny sizes: tries everything in seconds and says nothing about speed."""
     out: Annotated[Path | None, FILE, default("none")] = None
     """JSON file to write as well."""
+    show: Annotated[Path | None, FILE, default("none")] = None
+    """JSON file of an earlier run of clear: print its short table and measure nothing."""
     device: Annotated[str | None, TEXT, default("cuda if there is one, else cpu")] = None
     """Where to compute."""
     json: bool = False
@@ -264,6 +271,11 @@ class Bench:
         from ..pipelines.files import check_writable
         from ..pipelines.load import find_device
 
+        if self.show is not None:
+            if self.what != "clear":
+                raise ValueError(f"--show reads results of clear, got the benchmark {self.what}; leave it out")
+            print(clear.show(self.show))
+            return
         if self.out is not None:
             check_writable(self.out)
         device = None if self.device is None else str(find_device(self.device))

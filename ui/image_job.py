@@ -20,6 +20,7 @@ from ..pipelines.events import CancelToken, StepEvent
 from ..pipelines.files import free_path
 from ..pipelines.image import generate, preview
 from ..pipelines.load import load
+from ..pipelines.picture import size_endings
 from ..pipelines.recipe import Recipe
 from ..pipelines.upscaling import upscale
 from .attention_form import STOCK, as_text, settings_of
@@ -83,8 +84,9 @@ class ImageJob:
         report(Progress("Working on the first step"))
         make = generate if recipe.upscale is None else upscale
         picture = make(recipe, pipe=pipe, on_step=on_step, cancel=token)
-        file, recipe_file = picture.recipe.save(picture.image, free_path(self.out, recipe.prompt, ".png"))
-        return Made(file, recipe_file, picture.recipe, time.monotonic() - start)
+        path = free_path(self.out, recipe.prompt, ".png", size_endings(picture))
+        *smaller, (file, recipe_file) = picture.save(path)
+        return Made(file, recipe_file, picture.recipe, time.monotonic() - start, tuple(file for file, _ in smaller))
 
     def _pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
         if self._loaded is None or self._loaded[0] != (model, dtype):

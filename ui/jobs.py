@@ -57,12 +57,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished result: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took."""
+    """A finished result: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
+
+    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own.
+    """
 
     file: Path
     recipe_file: Path
     recipe: Recipe
     seconds: float
+    smaller: tuple[Path, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The file names in words."""
+        if not self.smaller:
+            return self.file.name
+        return f"{self.file.name}, and smaller as {', '.join(file.name for file in self.smaller)}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ class Worker:
         except Exception as error:  # the thread must survive whatever a model throws
             log.exception("a run failed")
             return Outcome("failed", f"This did not work: {one_line(error)} The terminal shows the details.")
-        return Outcome("done", f"Done in {duration(made.seconds)}. Saved as {made.file.name}.", made)
+        return Outcome("done", f"Done in {duration(made.seconds)}. Saved as {made.where}.", made)
 
 
 class Session:

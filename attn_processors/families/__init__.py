@@ -29,6 +29,9 @@ FAMILIES = {  # class name -> file
     "ControlNetModel": "unet",
     "FluxTransformer2DModel": "flux",
     "FluxControlNetModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "QwenImageTransformer2DModel": "qwenimage",
+    "ZImageTransformer2DModel": "z_image",
     "SD3Transformer2DModel": "sd3",
     "SD3ControlNetModel": "sd3",
     "PixArtTransformer2DModel": "pixart",
@@ -49,6 +52,10 @@ class Family:
         """The attention layers methods may be put on, in module order."""
         raise NotImplementedError
 
+    def layer_of(self, module: nn.Module) -> type[LayerProcessor]:
+        """The class of processor for one of the layers, where they are not all called alike."""
+        return self.layer
+
     def why_not(self, module: nn.Module) -> str | None:
         """What is wrong with the processor now in `module`, and what to do about it; None if ours may replace it."""
         raise NotImplementedError
@@ -68,7 +75,9 @@ class Family:
 
         Raises UnsupportedModel where the model cannot be split.
         """
-        raise UnsupportedModel(f"{type(context.model).__name__} cannot be split over ranks yet; FLUX and SD3 can.")
+        raise UnsupportedModel(
+            f"{type(context.model).__name__} cannot be split over ranks yet; FLUX, Qwen-Image and SD3 can."
+        )
 
 
 def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"(?:single_)?transformer_blocks\.\d+\.attn")
 
 
-class FluxLayer(JointLayer):
+class FluxJoint(JointLayer):
+    """Rotary embedding and heads as FLUX has them."""
+
+    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
+        return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+    def split(self, attn: Any, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, attn.head_dim))  # tensor parallelism leaves fewer heads than attn.heads
+
+
+class FluxLayer(FluxJoint):
     """A layer of FLUX, around the method the same as diffusers' FluxAttnProcessor."""
 
     def __call__(
@@ -54,15 +64,10 @@ class FluxLayer(JointLayer):
             image = layer(image)
         return image, attn.to_add_out(text)
 
-    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
-        return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
-
-    def split(self, attn: Any, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, attn.head_dim))  # tensor parallelism leaves fewer heads than attn.heads
-
 
 class FluxFamily(Family):
     layer = FluxLayer
+    residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
         return [
@@ -95,7 +100,7 @@ class FluxFamily(Family):
 
     def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
         def before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            for name in self.residuals:
                 if argument(model, args, kwargs, name) is not None:
                     raise UnsupportedModel("a ControlNet's residuals cannot be split over ranks yet; leave it out.")
             ids = argument(model, args, kwargs, "img_ids")
@@ -114,16 +119,19 @@ class FluxFamily(Family):
 
 
 def raster(ids: Tensor) -> tuple[int, int] | None:
-    """(H, W) of the first picture in image ids of shape (N, 3); None if its tokens are not a full raster in order."""
+    """(H, W) of the first picture in image ids; None if its tokens are not a full raster in order.
+
+    ids: which picture, row, column of each token, shape (N, 3); FLUX.2 has a fourth column, the same for all of a picture.
+    """
     rows = ids.detach().to("cpu", torch.float64)
     others = (rows[:, 0] != rows[0, 0]).nonzero()
     first = rows[: int(others[0]) if len(others) else len(rows), 1:]
     first = first - first.amin(0)
-    height, width = (int(side) + 1 for side in first.amax(0))
-    if height * width != len(first):
+    height, width = (int(side) + 1 for side in first[:, :2].amax(0))
+    if height * width != len(first) or first[:, 2:].any():
         return None
     wanted = torch.cartesian_prod(torch.arange(height).double(), torch.arange(width).double())
-    return (height, width) if torch.equal(first, wanted) else None
+    return (height, width) if torch.equal(first[:, :2], wanted) else None
 
 
 FAMILY = FluxFamily()

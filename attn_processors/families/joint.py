@@ -7,13 +7,16 @@ before or after them, as the model has it. Everything but the picture's own toke
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..layer import LayerCall, LayerProcessor
 from ..ops.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from ..context import Context
 
 
 class JointCall(LayerCall):
@@ -76,7 +79,13 @@ class JointCall(LayerCall):
 class JointLayer(LayerProcessor):
     """Base of the joint layers; a family adds `__call__` with the signature of its stock processor."""
 
-    text_first = True
+    text_first = True  # whether text comes before the picture
+    makes: type[JointCall] = JointCall
+
+    def others(self, context: Context) -> tuple[int, int]:
+        if self.text_first:
+            return context.text, context.references
+        return 0, context.references + context.text
 
     def open(
         self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any, holds_text: bool
@@ -87,7 +96,10 @@ class JointLayer(LayerProcessor):
         """
         context = self.context
         if not context.grids:
-            self.mismatch("the model's call told no grid: its image ids are no full raster, or it was not called")
+            self.mismatch(
+                "the model's call told no grid: its image ids are no full raster, or it denoises other things than "
+                "one picture of one size in each row, or it was not called"
+            )
             return None
         ((tokens, (height, width)),) = context.grids.items()
         if context.strip is not None:
@@ -110,7 +122,7 @@ class JointLayer(LayerProcessor):
             self.mismatch(problem)
             return None
         hidden = None if valid is None else valid[:, None, None]
-        call = JointCall(self, attn, x, text, layout, rotary, hidden)
+        call = self.makes(self, attn, x, text, layout, rotary, hidden)
         if context.strip is not None:
             call.whole = replace(layout, height=context.strip.parts[-1][1])
         return call
@@ -144,6 +156,12 @@ class JointLayer(LayerProcessor):
     def split(self, attn: Any, x: Tensor) -> Tensor:
         """(B, N, h * d) -> (B, N, h, d)"""
         return x.unflatten(-1, (attn.heads, -1))
+
+
+def rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Pairs of channels turned in the plane: x (B, N, h, d), unit complex numbers that broadcast to (B, N, h, d / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
 
 
 def key_validity(mask: Tensor | None, batch: int, total: int) -> tuple[Tensor | None, str | None]:

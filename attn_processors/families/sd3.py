@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..compat import Attention, JointAttnProcessor2_0
 from ..method import LayerInfo
 from . import Family, argument
-from .joint import JointLayer
+from .joint import JointCall, JointLayer
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -29,6 +29,9 @@ class SD3Layer(JointLayer):
 
     text_first = False
 
+    def others(self, context: Context) -> tuple[int, int]:
+        return (0, 0) if self.name.endswith("attn2") else super().others(context)
+
     def __call__(
         self,
         attn: Any,
@@ -44,13 +47,22 @@ class SD3Layer(JointLayer):
             call = self.open(attn, hidden_states, encoder_hidden_states, attention_mask, None, holds_text=False)
         if call is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask)
-        out = self.checked(call, self.attend(call))
+        out = self.attend(call)
+        if encoder_hidden_states is None:
+            return self._image_alone(attn, call, out)
+        out = self.checked(call, out)
         image, text = out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
         for layer in attn.to_out:  # linear, dropout
             image = layer(image)
-        if encoder_hidden_states is None:
-            return image
         return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+    def _image_alone(self, attn: Any, call: JointCall, out: Tensor) -> Tensor:
+        """Without text and positions the layer is that of a UNet, and tokens may have been merged."""
+        if call.unmerge is None:
+            out = self.checked(call, out)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out if call.unmerge is None else call.unmerge(out)
 
 
 class SD3Family(Family):

@@ -37,7 +37,7 @@ from .tile import plan_window, why_not_tile
 
 __all__ = [
     "BACKENDS", "PatternUnavailable", "Prepared",
-    "attend", "choose", "dense_with_lse", "explain", "local_attention", "prepare", "sdpa",
+    "attend", "choose", "explain", "local_attention", "prepare", "sdpa",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ BACKENDS = ("dense", "reference", "tile", "halo", "flex")
 KEPT_TOKENS = 2048  # up to here an N x N mask is kept for the next call, 16 MiB at most in fp32
 REFERENCE_TOKENS = 16_384  # above, the N x N mask alone takes more than a gigabyte
 GATHER_COST = 1.5  # a gathered key costs about this many keys of one big softmax: copies, masks, smaller products
-SCORE_BYTES = 256 * 2**20  # logits that `dense_with_lse` holds at once
 
 
 class PatternUnavailable(ValueError):
@@ -234,39 +233,6 @@ def explain(
                 reason += "; compiles at its first call, so only if asked for by name"
         lines.append(f"{'->' if name == taken else '  '} {name}: {reason}")
     return "\n".join(lines)
-
-
-def dense_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, key_valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Dense attention of a few queries, with what it takes to merge it with that over other keys.
-
-    With lse = log sum_j exp(logit_j) of each part of the keys, the softmax over all parts is exactly::
-
-        out = sum_p exp(lse_p - lse) out_p        lse = log sum_p exp(lse_p)
-
-    Args:
-        q: shape (B, M, h, d); the logits are made in blocks of queries, so M should be small next to the keys.
-        k, v: one part of the keys, shape (B, K, h, d).
-        key_valid: False hides a key, bool, shape (B, K). Where all are hidden, out is 0 and lse -inf.
-
-    Returns:
-        out, shape (B, M, h, d); lse, shape (B, M, h), fp32 (fp64 for fp64).
-    """
-    batch, queries, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    per_query = batch * heads * k.shape[1] * wide.itemsize
-    keys, values = k.to(wide), v.to(wide)
-    outs, sums = [], []
-    for rows in q.split(max(1, min(queries, SCORE_BYTES // per_query)), dim=1):
-        logits = torch.einsum("bmhd,bkhd->bhmk", rows.to(wide), keys) * scale
-        if key_valid is not None:
-            logits = logits.masked_fill(~key_valid[:, None, None], float("-inf"))
-        lse = logits.logsumexp(dim=-1)
-        weight = (logits - lse.clamp_min(torch.finfo(wide).min).unsqueeze(-1)).exp()
-        outs.append(torch.einsum("bhmk,bkhd->bmhd", weight, values).to(q.dtype))
-        sums.append(lse.transpose(1, 2))
-    return torch.cat(outs, dim=1), torch.cat(sums, dim=1)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:

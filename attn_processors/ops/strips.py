@@ -20,7 +20,8 @@ from torch import Tensor
 from ..comm import Comm, Span
 from .halo import Softmax, attend_tiles, default_side, plan_tiles
 from .layout import TokenLayout
-from .local import dense_with_lse, sdpa
+from .local import sdpa
+from .parts import attend_part, merge_parts
 from .patterns import Pattern
 from .pool import Pool, pool_grid
 
@@ -130,8 +131,7 @@ def _global_rows(
     valid = None if key_valid is None else key_valid[:, rows].clone()
     if valid is not None:
         valid[:, own.grid if comm.rank == 0 else slice(None)] = True  # grid keys always are
-    out, lse = dense_with_lse(own.globals_of(q), k[:, rows], v[:, rows], scale=scale, key_valid=valid)
-    everyones = comm.everyones(torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], dim=-1))
-    total = torch.stack([part[..., -1] for part in everyones]).logsumexp(dim=0)
-    merged = sum(part[..., :-1] * (part[..., -1] - total).exp().unsqueeze(-1) for part in everyones)
-    return merged.to(q.dtype)  # type: ignore[union-attr]
+    out, lse = attend_part(own.globals_of(q), k[:, rows], v[:, rows], scale=scale, key_valid=valid)
+    everyones = comm.everyones(torch.cat([out, lse.unsqueeze(-1)], dim=-1))
+    merged, _ = merge_parts([(part[..., :-1], part[..., -1]) for part in everyones])
+    return merged.to(q.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..pipelines.files import written_whole
@@ -29,7 +29,7 @@ from .rates import Difference, Rate, difference, rate
 from .read import Score, read, score
 from .world import sample_captions
 
-__all__ = ["MEASURES", "Arm", "Evaluation", "evaluate", "tomesd_arm"]
+__all__ = ["MEASURES", "Arm", "Evaluation", "Results", "evaluate", "tomesd_arm"]
 
 FORMAT = "reattend evaluation 1"
 SHOWN = 10  # pictures per arm on the contact sheet
@@ -162,14 +162,9 @@ def evaluate(
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
-        "model": _fingerprint(pipe),
-        "scheduler": _digest(
-            repr(sorted(pipe.scheduler.config.items(), key=str)).encode(), type(pipe.scheduler).__name__
-        ),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "reader": _reader_digest(),
+        **model_settings(pipe),
     }
-    results = _Results(out / "results.jsonl", settings)
+    results = Results(out / "results.jsonl", settings)
     captions = sample_captions(np.random.default_rng(seed), samples)
     total = samples * len(arms)
     for start in range(0, samples, batch):
@@ -181,23 +176,25 @@ def evaluate(
                 pictures = _generate(pipe, [captions[i] for i in missing], [seed + i for i in missing], steps, guidance)
             for i, picture in zip(missing, pictures, strict=True):
                 if i < SHOWN:
-                    with written_whole(_picture_path(out, arm, i)) as (path,):
+                    with written_whole(picture_path(out, arm.name, i)) as (path,):
                         picture.save(path, "PNG")
             results.add(arm.name, {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)})
             if on_progress:
                 done = sum(i < samples and name in names for name, i in results.scores)
                 on_progress(done, total)
-    evaluation = _summary(results, settings, names, samples, _about(pipe, command))
-    sheet = contact_sheet([[_picture_path(out, arm, i) for i in range(min(samples, SHOWN))] for arm in arms])
+    evaluation = summarized(results, settings, names, samples, environment(pipe, command))
+    sheet = contact_sheet([[picture_path(out, name, i) for i in range(min(samples, SHOWN))] for name in names])
     with written_whole(out / "summary.json", out / "contact.png") as (summary_path, sheet_path):
         summary_path.write_text(evaluation.to_json() + "\n")
         sheet.save(sheet_path, "PNG")
     return evaluation
 
 
-def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
-    """Pictures in rows, one row per arm, so that eyes can compare what the table says."""
+def contact_sheet(rows: Sequence[Sequence[Path]], side: int | None = None) -> Image.Image:
+    """Pictures in rows, one row per arm, so that eyes can compare what the table says; `side` makes all as large."""
     pictures = [[Image.open(path).convert("RGB") for path in row] for row in rows]
+    if side is not None:
+        pictures = [[ImageOps.contain(picture, (side, side)) for picture in row] for row in pictures]
     width, height = pictures[0][0].width + 4, pictures[0][0].height + 4
     sheet = Image.new("RGB", (width * len(pictures[0]), height * len(pictures)), "white")
     for y, row in enumerate(pictures):
@@ -206,8 +203,8 @@ def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
     return sheet
 
 
-class _Results:
-    """The results file: a first line of settings, then one line per picture and arm."""
+class Results:
+    """The results file: a first line of settings, then one line per picture and arm. Refuses one of other settings."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
@@ -235,7 +232,7 @@ class _Results:
             self.scores[line["arm"], line["sample"]] = Score(**line["score"])
 
     def add(self, arm: str, made: dict[int, tuple[str, Image.Image]]) -> None:
-        """Read and score pictures and append their lines at once."""
+        """Read and score pictures (number -> caption and picture) and append their lines at once."""
         lines = []
         for i, (caption, picture) in made.items():
             reading = read(picture)
@@ -261,8 +258,8 @@ def _generate(
     return pipe.numpy_to_pil(values)
 
 
-def _summary(
-    results: _Results, settings: dict[str, Any], names: list[str], samples: int, about: dict[str, Any]
+def summarized(
+    results: Results, settings: dict[str, Any], names: list[str], samples: int, about: dict[str, Any]
 ) -> Evaluation:
     counts = {  # arm -> measure -> (samples, 2): right and asked
         arm: {
@@ -287,24 +284,35 @@ def _summary(
     )
 
 
-def _picture_path(out: Path, arm: Arm, i: int) -> Path:
-    return out / "pictures" / f"{arm.name}-{i:03}.png"
+def picture_path(out: Path, arm: str, i: int) -> Path:
+    return out / "pictures" / f"{arm}-{i:03}.png"
 
 
-def _digest(*parts: bytes | str) -> str:
+def digest_of(*parts: bytes | str) -> str:
     digest = hashlib.blake2s()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()[:16]
 
 
-def _reader_digest() -> str:
+def reader_digest() -> str:
     """Changes with the reader, so that pictures read by two readers are never counted together."""
     files = ("world.py", "sprites.png", "templates.py", "matching.py", "read.py")
-    return _digest(*(Path(__file__).with_name(name).read_bytes() for name in files))
+    return digest_of(*(Path(__file__).with_name(name).read_bytes() for name in files))
 
 
-def _fingerprint(pipe: Any) -> str:
+def model_settings(pipe: Any) -> dict[str, str]:
+    """What the pictures depend on besides the arguments of a run."""
+    scheduler = pipe.scheduler
+    return {
+        "model": fingerprint(pipe),
+        "scheduler": digest_of(repr(sorted(scheduler.config.items(), key=str)).encode(), type(scheduler).__name__),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "reader": reader_digest(),
+    }
+
+
+def fingerprint(pipe: Any) -> str:
     """Changes with the weights: sums of every parameter of every model in the pipeline."""
     sums = [
         (part, name, weight.double().sum().item(), weight.double().abs().sum().item())
@@ -312,10 +320,10 @@ def _fingerprint(pipe: Any) -> str:
         if isinstance(model, torch.nn.Module)
         for name, weight in model.named_parameters()
     ]
-    return _digest(repr(sums))
+    return digest_of(repr(sums))
 
 
-def _about(pipe: Any, command: str) -> dict[str, Any]:
+def environment(pipe: Any, command: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type
     packages = ("reattend", "torch", "diffusers", "transformers", "numpy", "pillow")
     return {

@@ -13,34 +13,38 @@ Z = 1.959964  # two-sided 95 % of a normal distribution
 RESAMPLES = 4000
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of right answers, with Wilson's 95 % interval; `value`, `low` and `high` are None where nothing was asked."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its 95 % interval; all three are None where nothing was asked."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def _text(self, pattern: str, number: str) -> str:
+        """The three in hundredths: each as `number` formats it, then put into `pattern`."""
+        if self.value is None or self.low is None or self.high is None:
+            return "-"
+        return pattern.format(*(format(100 * x, number) for x in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Estimate):
+    """A share of right answers, with Wilson's interval."""
 
     right: int
     asked: int
-    value: float | None
-    low: float | None
-    high: float | None
 
     def __str__(self) -> str:
-        if self.value is None or self.low is None or self.high is None:
-            return "-"
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return self._text("{} % [{}, {}]", ".1f")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much higher a rate is than the first arm's, with its 95 % interval; None where nothing was asked."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+@dataclass(frozen=True, kw_only=True)
+class Difference(Estimate):
+    """How much higher a rate is than the first arm's."""
 
     def __str__(self) -> str:
-        if self.value is None or self.low is None or self.high is None:
-            return "-"
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return self._text("{} [{}, {}]", "+.1f")
 
 
 def rate(right: int, asked: int) -> Rate:
@@ -49,11 +53,12 @@ def rate(right: int, asked: int) -> Rate:
     Several sprites of one picture are counted as if they were independent.
     """
     if not asked:
-        return Rate(0, 0, None, None, None)
+        return Rate(right=0, asked=0)
     p, z2 = right / asked, Z * Z
     middle = (p + z2 / (2 * asked)) / (1 + z2 / asked)
     reach = Z / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
-    return Rate(right, asked, p, max(0.0, middle - reach), min(1.0, middle + reach))
+    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
+    return Rate(right=right, asked=asked, value=p, low=low, high=high)
 
 
 def difference(right: np.ndarray, base: np.ndarray, asked: np.ndarray) -> Difference:
@@ -69,7 +74,7 @@ def difference(right: np.ndarray, base: np.ndarray, asked: np.ndarray) -> Differ
     """
     right, base, asked = (np.asarray(counts, np.float64) for counts in (right, base, asked))
     if not asked.sum():
-        return Difference(None, None, None)
+        return Difference()
     n = len(asked)
     rng = np.random.default_rng(0)
     # how often each picture comes up in each resample
@@ -77,4 +82,4 @@ def difference(right: np.ndarray, base: np.ndarray, asked: np.ndarray) -> Differ
     questions = times @ asked
     drawn = (times @ (right - base))[questions > 0] / questions[questions > 0]
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return Difference(float((right - base).sum() / asked.sum()), float(low), float(high))
+    return Difference(value=float((right - base).sum() / asked.sum()), low=float(low), high=float(high))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -189,18 +191,17 @@ def test_regional_compile_is_one_graph_per_kind_of_block(flux, settings):
 
 def test_what_a_size_needs_is_made_once_and_again_for_other_settings(flux):
     model = flux.transformer
-    handle = install(model, "clear", radius=3, layers="^single")
-    slot = "clear", "single_transformer_blocks.0.attn"
+    handle, block = install(model, "clear", radius=3, layers="^single"), model.single_transformer_blocks[0].attn
     denoise_flux(model, image_ids(8, 12))
-    context = next(iter(model._forward_pre_hooks.values()))
-    (first,) = context.slots[slot].values()
+    (first,) = block.processor.kept.values()
     denoise_flux(model, image_ids(8, 12))
-    assert list(context.slots[slot].values()) == [first]
+    assert list(block.processor.kept.values()) == [first]
+    assert not copy.deepcopy(model).single_transformer_blocks[0].attn.processor.kept
     other = install(model, "clear", radius=2, layers="^transformer")  # keeps the context alive
     handle.remove()
     install(model, "clear", radius=5, layers="^single")
     denoise_flux(model, image_ids(8, 12))
-    (second,) = context.slots[slot].values()
+    (second,) = block.processor.kept.values()
     assert second is not first and second.prepared.pattern.radius == 5
     other.remove()
 

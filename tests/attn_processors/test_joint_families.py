@@ -141,6 +141,14 @@ def test_agent_attention_is_not_for_joint_layers(flux):
         install(flux, AgentAttnProcessor())
 
 
+def test_agents_may_merge_tokens_where_sd3_looks_at_the_picture_alone(sd3):
+    want = tiny.run(sd3)
+    with installed(sd3, AgentAttnProcessor(ratio=0.4)) as handle:
+        assert [layer.name for layer in handle.report().layers] == ["transformer_blocks.0.attn2"]
+        assert not torch.equal(tiny.run(sd3), want)
+    assert torch.equal(tiny.run(sd3), want)
+
+
 def test_pixart_equals_stock_on_any_grid():
     from diffusers import PixArtTransformer2DModel
 

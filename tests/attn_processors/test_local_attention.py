@@ -1,34 +1,21 @@
-"""Every backend of local attention equals softmax with the mask written out, at a cost that grows with the tokens."""
+"""Every backend of local attention equals softmax with the mask written out, values and gradients."""
 
 from __future__ import annotations
 
-import math
-import shutil
-
 import pytest
 import torch
+from attention_oracle import oracle, qkv, some_valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from reattend.attn_processors.ops import flex, halo, local
-from reattend.attn_processors.ops.cost import attention_flops, dense_flops, visited_keys
 from reattend.attn_processors.ops.layout import TokenLayout
-from reattend.attn_processors.ops.local import (
-    PatternUnavailable,
-    choose,
-    dense_with_lse,
-    explain,
-    local_attention,
-    sdpa,
-)
+from reattend.attn_processors.ops.local import local_attention, sdpa
 from reattend.attn_processors.ops.patterns import Dense, Disc, Square, TileWindow
-from reattend.attn_processors.ops.pool import Pool, pool_bias, pool_grid
-from reattend.attn_processors.ops.scale import mean_keys, softmax_scale
+from reattend.attn_processors.ops.pool import Pool
+from reattend.attn_processors.ops.scale import mean_keys
 
 EXACT = 1e-12  # fp64, other order of sums
-FLEX = 2e-6  # fp32
 
 LAYOUTS = [
     TokenLayout(12, 16),
@@ -49,49 +36,6 @@ def small_tiles(monkeypatch):
     """Many groups of tiles and several chunks, even on small grids."""
     monkeypatch.setattr(local, "default_side", lambda *_: 4)
     monkeypatch.setitem(halo.CHUNK_BYTES, "cpu", 40_000)
-
-
-@pytest.fixture
-def flex_without_compiler(monkeypatch):
-    flex._kernel.cache_clear()
-
-    def run(q, k, v, mask, score, scale):
-        return flex.flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=scale)
-
-    monkeypatch.setattr(flex, "_compiled", lambda: run)
-    yield
-    flex._kernel.cache_clear()
-
-
-def qkv(layout, batch=1, heads=2, width=4, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, layout.tokens, heads, width)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-
-
-def some_valid(layout, batch):
-    """Hides some globals, other ones in each sample."""
-    valid = torch.rand(batch, layout.tokens, generator=torch.Generator().manual_seed(1)) < 0.6
-    valid[:, layout.grid] = True
-    return valid
-
-
-def oracle(q, k, v, layout, pattern, pool=None, weights=None, valid=None):
-    """Softmax over the visible keys, from `visible` and `pool_grid` alone: no code of the backends."""
-    rows = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
-    rows[layout.grid, layout.grid] = pattern.visible(layout)
-    rows = rows.expand(q.shape[0], -1, -1).clone()
-    if valid is not None:
-        rows &= valid[:, None]
-    bias = torch.zeros(rows.shape, dtype=q.dtype).masked_fill(~rows, -math.inf)
-    if pool is not None:
-        k, v = (torch.cat([x, pool_grid(x, layout, pool, weights)], dim=1) for x in (k, v))
-        weight = pool_bias(layout, pool)
-        extra = torch.full((*rows.shape[:2], pool.keys(layout)), -math.inf, dtype=q.dtype)
-        extra[:, layout.grid] = 0 if weight is None else weight.to(q.dtype)
-        bias = torch.cat([bias, extra], dim=2)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + bias[:, None]
-    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(dim=-1), v)
 
 
 def backends(pattern):
@@ -251,202 +195,3 @@ def test_all_attention_runs_through_the_given_softmax_and_whole_tiles_without_ma
     local_attention(*qkv(layout), layout, Disc(3), scale=0.3, backend="halo", softmax=recording)
     assert masks[-1] is None  # global queries
     assert all(mask.ndim == 4 and mask.shape[-1] % halo.ALIGN == 0 for mask in masks[:-1])
-
-
-def test_partial_softmaxes_merge_to_the_whole(monkeypatch):
-    monkeypatch.setattr(local, "SCORE_BYTES", 4000)
-    q, k, v = qkv(TokenLayout(6, 7), batch=2)
-    q = q[:, :9]
-    valid = torch.rand(2, 42, generator=torch.Generator().manual_seed(0)) < 0.7
-    valid[:, :10] = False  # a part without a key
-    parts = [
-        dense_with_lse(q, k[:, s], v[:, s], scale=0.5, key_valid=valid[:, s]) for s in (slice(0, 10), slice(10, 42))
-    ]
-    lse = torch.stack([part for _, part in parts])
-    total = lse.logsumexp(dim=0)
-    merged = sum((part - total).exp().unsqueeze(-1) * out for out, part in parts)
-    mask = torch.zeros(2, 1, 1, 42, dtype=q.dtype).masked_fill(~valid[:, None, None], -math.inf)
-    torch.testing.assert_close(merged, sdpa(q, k, v, scale=0.5, mask=mask), atol=EXACT, rtol=0)
-    assert total.shape == (2, 9, 2) and dense_with_lse(q.half(), k.half(), v.half(), scale=1)[1].dtype == torch.float32
-
-
-# Cost
-
-
-def measured_flops(layout, pattern, pool=None, width=8):
-    """Counted without computing; the fused kernels would be counted as nothing."""
-    q, k, v = (torch.empty(1, layout.tokens, 1, width, device="meta") for _ in range(3))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        plan = halo.plan_tiles(layout, pattern, (16, 16), pool, q.device, q.dtype)
-        if pool is not None:
-            k, v = (torch.empty(1, layout.tokens + pool.keys(layout), 1, width, device="meta") for _ in range(2))
-        halo.attend_tiles(q[:, layout.grid], k, v, plan, scale=1.0, softmax=sdpa)
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("pool", [None, Pool(4)], ids=str)
-def test_operations_per_token_do_not_grow_with_the_picture(pool):
-    pattern = Disc(8)
-    per_token = {side: measured_flops(TokenLayout(side, side), pattern, pool) / side**2 for side in (32, 64, 128, 256)}
-    pooled = {side: pool.keys(TokenLayout(side, side)) if pool else 0 for side in per_token}
-    grid_only = {side: cost - 4 * 8 * pooled[side] for side, cost in per_token.items()}
-    assert grid_only[32] < grid_only[64] < grid_only[128] < grid_only[256] < 1.1 * grid_only[128]
-    assert pooled[256] == pooled[128] and per_token[256] < 1.1 * per_token[128]
-    interior = 4 * 8 * visited_keys(TokenLayout(1024, 1024), pattern, "halo", "cuda")
-    assert grid_only[256] < 1.02 * interior  # padding to multiples of eight included
-
-
-@pytest.mark.parametrize("layout", [TokenLayout(64, 64), TokenLayout(37, 90, 5)], ids=str)
-def test_predicted_operations_are_the_counted_ones(layout):
-    predicted = attention_flops(layout, Disc(8), "halo", 8, device="cuda")
-    counted = measured_flops(layout, Disc(8)) + 4 * 8 * layout.global_tokens * layout.tokens
-    assert predicted <= counted <= 1.02 * predicted  # padding
-    assert attention_flops(layout, Dense(), "dense", 8) == dense_flops(layout, 8)
-
-
-# Choice
-
-
-def test_auto_takes_what_pays_off():
-    assert choose(TokenLayout(8, 8), Disc(12)) == "dense"
-    assert choose(TokenLayout(16, 16), Disc(8)) == "reference"
-    assert choose(TokenLayout(128, 128), Disc(8)) == "halo"
-    assert choose(TokenLayout(128, 128, 512), Disc(8), device="cuda") == "halo"
-    assert choose(TokenLayout(128, 128), TileWindow()) == "tile"
-    assert choose(TokenLayout(130, 130), Disc(100)) == "halo"  # too large for a mask
-
-
-@pytest.mark.parametrize(
-    ("backend", "layout", "pattern", "settings", "reason"),
-    [
-        ("reference", TokenLayout(129, 128), Disc(8), {}, "at most 16384"),
-        ("dense", TokenLayout(16, 16), Disc(8), {}, "does not cover"),
-        ("tile", TokenLayout(16, 16), Disc(8), {}, "whole tiles"),
-        ("flex", TokenLayout(16, 16), TileWindow(), {}, "Disc and Square"),
-        ("flex", TokenLayout(16, 16), Disc(8), {"needs_grad": True}, "no gradient"),
-        ("flex", TokenLayout(16, 16), Disc(8), {"device": "mps"}, "CUDA"),
-        ("flex", TokenLayout(16, 16), Disc(8), {"dtype": torch.float64}, "float64"),
-    ],
-)
-def test_a_backend_asked_for_by_name_says_why_it_cannot_run(backend, layout, pattern, settings, reason):
-    with pytest.raises(PatternUnavailable, match=f"{backend}.*{reason}"):
-        choose(layout, pattern, backend=backend, **settings)
-
-
-def test_explain_names_the_choice_and_what_speaks_against_the_others():
-    text = explain(TokenLayout(129, 128), Disc(8))
-    assert "-> halo: multiplies" in text and "  tile: it needs whole tiles" in text and "at most 16384" in text
-    assert "-> dense" in explain(TokenLayout(8, 8), Dense())
-
-
-def test_wrong_shapes_and_names_are_refused():
-    layout = TokenLayout(4, 5, before=2)
-    q, k, v = qkv(layout)
-    with pytest.raises(ValueError, match=r"q must have shape \(B, 22, h, d\)"):
-        local_attention(q[:, 1:], k, v, layout, Disc(2))
-    with pytest.raises(ValueError, match="divides that of q"):
-        local_attention(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), layout, Disc(2))
-    with pytest.raises(ValueError, match="key_valid must be bool"):
-        local_attention(q, k, v, layout, Disc(2), key_valid=torch.ones(1, 20, dtype=torch.bool))
-    with pytest.raises(ValueError, match="no such backend"):
-        local_attention(q, k, v, layout, Disc(2), backend="cuda")
-
-
-# Block-sparse kernel
-
-
-@pytest.mark.parametrize("pattern", [Disc(3), Disc(9.5), Square(7), Square(7, "shift"), Square(31, "shift")], ids=str)
-@pytest.mark.parametrize("shape", [(16, 32), (21, 37), (3, 150), (1, 300), (50, 5)], ids=str)
-def test_blocks_are_skipped_or_full_exactly_where_tokens_say_so(shape, pattern):
-    layout = TokenLayout(*shape)
-    rows, columns = flex.block_tile(layout)
-    assert rows * columns <= flex.BLOCK
-    place = layout.coordinates()
-    across = -(-layout.width // columns)
-    number = place[:, 0].div(rows, rounding_mode="floor") * across + place[:, 1].div(columns, rounding_mode="floor")
-    tiles = int(number.max()) + 1
-    member = torch.nn.functional.one_hot(number, tiles).double()
-    seen = member.T @ pattern.visible(layout).double() @ member
-    touched, full = flex.classify(layout, pattern)
-    sizes = member.sum(dim=0)
-    assert torch.equal(touched, seen > 0)
-    assert torch.equal(full, seen == sizes[:, None] * sizes)
-
-
-@pytest.mark.parametrize(
-    ("side", "useful", "visited"),
-    [(64, (173, 634, 1974), (880, 1360, 2912)), (128, (183, 711, 2557), (1012, 1628, 4216))],
-)
-def test_visited_keys_are_those_of_the_cost_model(side, useful, visited):
-    layout = TokenLayout(side, side)
-    for radius, pattern_keys, block_keys in zip((8, 16, 32), useful, visited, strict=True):
-        assert visited_keys(layout, Disc(radius), "pattern") == pytest.approx(pattern_keys, abs=1)
-        assert visited_keys(layout, Disc(radius), "flex") == pytest.approx(block_keys, abs=1)
-
-
-@pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("layout", [LAYOUTS[2], TokenLayout(9, 10, 130)], ids=str)
-def test_the_mask_of_the_block_kernel_equals_the_oracle(layout, number, flex_without_compiler):
-    pool, batch = POOLS[number], (1, 3, 1)[number]
-    pattern = (Disc(4), Square(5), Square(7, "shift"))[number]
-    valid = some_valid(layout, batch) if number else None
-    inputs = qkv(layout, batch, width=16, dtype=torch.float32)
-    got = local_attention(*inputs, layout, pattern, pool=pool, key_valid=valid, backend="flex")
-    want = oracle(*(x.double() for x in inputs), layout, pattern, pool, valid=valid)
-    torch.testing.assert_close(got.double(), want, atol=FLEX, rtol=0)
-
-
-def test_the_block_lists_leave_out_no_visible_key_and_call_full_what_needs_no_mask():
-    layout, pool = TokenLayout(20, 36, before=130), Pool(4)
-    for hides in (False, True):
-        kernel = flex._kernel(layout, Disc(5), pool, hides, torch.device("cpu"), torch.float32, 16)
-        rows, columns = (torch.arange(len(x)) for x in (kernel.queries, kernel.keys))
-        allowed = kernel.mask.mask_mod(0, 0, rows[:, None], columns[None])
-        blocks = allowed.view(len(rows) // 128, 128, len(columns) // 128, 128).double().sum(dim=(1, 3))
-        partial, full = torch.zeros(2, *blocks.shape, dtype=torch.bool)
-        for marks, count, index in (
-            (partial, kernel.mask.kv_num_blocks, kernel.mask.kv_indices),
-            (full, kernel.mask.full_kv_num_blocks, kernel.mask.full_kv_indices),
-        ):
-            for row, n in enumerate(count[0, 0].tolist()):
-                marks[row, index[0, 0, row, :n].long()] = True
-        assert not (partial & full).any()
-        assert torch.equal(partial | full, blocks > 0)
-        assert (blocks[full] == 128 * 128).all()
-        assert full[:, 9].all() != hides and partial[:, 9].all() == hides  # a whole block of globals
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles CPU kernels with g++")
-def test_the_compiled_block_kernel_equals_the_oracle_on_a_cpu():
-    layout = TokenLayout(20, 36, before=7)
-    inputs = qkv(layout, heads=1, width=16, dtype=torch.float32)
-    got = local_attention(*inputs, layout, Disc(5), backend="flex")
-    want = oracle(*(x.double() for x in inputs), layout, Disc(5))
-    torch.testing.assert_close(got.double(), want, atol=FLEX, rtol=0)
-
-
-# Softmax scale
-
-
-def test_scale_rules_compare_the_keys_of_now_and_of_training():
-    small, large = TokenLayout(64, 64, before=512), TokenLayout(128, 128, before=512)
-
-    def factor(rule, layout=large, **more):
-        return softmax_scale(rule, 64, layout, Disc(8), trained=small, **more) * 8
-
-    assert factor("none") == 1
-    assert factor(1.25) == 1.25
-    assert factor("tokens") == pytest.approx(math.sqrt(math.log(16896) / math.log(4608)))
-    assert factor("tokens_x10") == pytest.approx(math.sqrt(math.log(168960) / math.log(4608)))
-    assert 1 < factor("visible") < 1.01  # fewer border tokens
-    assert factor("visible", pool=Pool(4)) > 1.02
-    for rule in ("tokens", "visible"):
-        assert factor(rule, layout=small) == 1
-
-
-def test_scale_rules_without_their_training_size_are_refused():
-    with pytest.raises(ValueError, match="pass `trained`"):
-        softmax_scale("tokens", 64, TokenLayout(8, 8), Disc(2))
-    with pytest.raises(ValueError, match="no such scale rule"):
-        softmax_scale("log", 64, TokenLayout(8, 8), Disc(2))

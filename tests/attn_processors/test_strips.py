@@ -92,6 +92,29 @@ def test_hidden_text_is_hidden_on_every_rank():
     check(whole, Disc(2.5), split_rows(9, 3), key_valid=valid)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_errs_no_more_on_several_ranks_than_on_one(dtype):
+    whole, parts = TokenLayout(24, 10, before=9), split_rows(24, 3)
+    qkv = [x.to(dtype) for x in sequences(whole)]
+    truth = local_attention(*(x.double() for x in qkv), whole, Disc(4), backend="reference")
+
+    def work(comm: Comm) -> torch.Tensor:
+        strip = Strip(comm, tuple(parts))
+        return strip_attention(*(own(x, whole, parts[comm.rank]) for x in qkv), whole, Disc(4), strip)
+
+    def error(x: torch.Tensor, rows: tuple[int, int], of: slice) -> float:
+        return float((x.double() - own(truth, whole, rows))[:, of].square().mean().sqrt())
+
+    alone = local_attention(*qkv, whole, Disc(4), backend="halo")
+    text, grid = slice(0, 9), slice(9, None)
+    for rows, got in zip(parts, lockstep(3, work), strict=True):
+        assert got.dtype == dtype
+        for of in (text, grid):
+            assert error(got, rows, of) <= 1.02 * error(own(alone, whole, rows), rows, of)
+        nearest = own(truth, whole, rows)[:, text].to(dtype)  # one rounding, so hardly ever another number than this
+        assert (got[:, text] == nearest).float().mean() > 0.98
+
+
 def test_bytes_sent_are_the_halo_and_the_merge():
     whole, parts = TokenLayout(12, 6, before=5), split_rows(12, 2)
     qkv = sequences(whole, batch=1)

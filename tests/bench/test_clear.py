@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from reattend.attn_processors.ops.layout import TokenLayout
 from reattend.attn_processors.ops.local import local_attention
 from reattend.attn_processors.ops.patterns import Disc
 from reattend.bench import clear
+from reattend.ui.cli import main
 
 CPU = torch.device("cpu")
+RESULTS = Path(clear.__file__).with_name("results")
 
 
 def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
@@ -26,6 +31,43 @@ def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
         assert case["arms"]["dense"]["times_faster_than_dense"] == 1
         assert f"| {case['tokens']} | 2 x 16 | dense |" in printed
     assert "goals" not in result
+
+
+def test_the_readme_table_comes_from_a_kept_result(tmp_path, capsys):
+    path = tmp_path / "clear.json"
+    result = clear.run(quick=True, out=path, device="cpu")
+    capsys.readouterr()
+    assert main(["bench", "clear", "--show", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert result["device"] in lines[0] and f"torch {torch.__version__}" in lines[0]
+    assert "| | tokens | heads x width | halo, r = 4 |" in lines
+    faster = result["cases"][0]["arms"]["halo, r=4"]["times_faster_than_dense"]
+    assert f"| operator | 256 | 2 x 16 | {faster:.2g} |" in lines
+    path.write_text('{"benchmark": "agent"}')
+    assert main(["bench", "clear", "--show", str(path)]) == 2
+    assert "no result of the benchmark of CLEAR (it is of" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
+def test_results_in_the_repository_are_whole_and_name_where_they_come_from(file):
+    result = json.loads(file.read_text())
+    assert result["device"] and result["versions"]["torch"] and result["command"] == "reattend bench clear"
+    assert all(case["rounds"] >= 1 for case in result["cases"])
+    assert clear.show(file).count("\n") > len(result["cases"])
+
+
+def test_the_bundled_model_is_measured_where_it_is_and_left_out_openly_where_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", tmp_path)
+    assert not [case for case in clear.cases_for(CPU, quick=False) if case.what == clear.WHOLE]
+    result = clear.run(quick=True, device="cpu")
+    for text in (clear.table(result), clear.short_table(result)):
+        assert "tiny-flux: left out, this install does not bundle it" in text
+    tiny.flux_pipeline().save_pretrained(tmp_path / "tiny-flux")
+    small, large = (case for case in clear.cases_for(CPU, quick=False) if case.what == clear.WHOLE)
+    assert (small.side, large.side, small.heads, small.width) == (16, 64, 2, 16)
+    small.side = 4  # 16 x 16 pixels of this tiny one
+    clear.measure_round(small, CPU, torch.float32, 0)
+    assert {str(arm): len(runs) for arm, runs in small.runs.items()} == {"dense": 1, "halo, r=8": 1, "halo, r=16": 1}
 
 
 def test_operations_per_token_hardly_grow_with_the_picture():

@@ -1,11 +1,12 @@
-"""How much faster is local attention? The operator against dense attention, and one full-width block of FLUX.
+"""How much faster is local attention? The operator against dense attention, a full-width block of FLUX, all of tiny-flux.
 
 Arms: dense fused attention, our `halo` backend, and torch's block-sparse kernel twice: on blocks of tokens in row-major
 order, as the program published with CLEAR orders them, and on our tiles. Every case is measured in rounds in which all
 arms run one after the other, every other round in reverse; ratios are taken within a round and the median is told.
 Compiling a block-sparse kernel takes much longer than running it, so on a CPU those arms run at two sizes only.
 
-Besides the times: operations per token over picture sizes, which tell whether the cost is linear on any machine.
+Besides the times: operations per token over picture sizes, which tell whether the cost is linear on any machine. Results
+that are kept are in `results`; `show` makes the table of the README from one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ from ..attn_processors.ops.local import local_attention, sdpa
 from ..attn_processors.ops.patterns import Disc
 from ..attn_processors.ops.pool import Pool
 from ..pipelines.files import written_whole
+from ..pipelines.load import bundled, load
+from .clear_table import short_table, table
 from .measure import Run, measured, surroundings
 
-__all__ = ["run", "table"]
+__all__ = ["run", "short_table", "show", "table"]
 
 ROUNDS, ROUNDS_IF_SLOW, SLOW_SECONDS = 5, 3, 10.0
 DENSE, HALO, ROWS, TILES = "dense", "halo", "flex, row-major", "flex, tiles"
 TEXT = 512  # global tokens in every case
+WHOLE = "tiny-flux"  # the bundled model: text to picture, STEPS steps
+STEPS = 4
 BLOCK = 128  # queries and keys of one block of the block-sparse kernel
 FLOORS = {(16_384, 4, 64, 8): 8.0, (16_384, 4, 64, 16): 4.0, (65_536, 1, 128, 16): 15.0}  # times faster than dense, CPU
 
@@ -54,7 +59,7 @@ class Arm:
 class Case:
     """One thing to time, and the runs so far: arm -> one run per round."""
 
-    what: str  # "operator" or "FLUX block"
+    what: str  # "operator", "FLUX block" or WHOLE
     side: int  # of the square token grid
     heads: int
     width: int  # of a head
@@ -92,7 +97,24 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     if cuda:
         cases += [Case("operator", side, 24, 128, arms()) for side in (128, 512)]
         cases += [Case("FLUX block", 128, 24, 128, arms(radii=(16,)))]
-    return cases
+    return cases + _whole_cases()
+
+
+def _whole_cases() -> list[Case]:
+    """The bundled model at its own size and at four times the side; none where it is not bundled."""
+    if WHOLE not in bundled():
+        return []
+    config = json_text.loads((bundled()[WHOLE] / "transformer" / "config.json").read_text())
+    heads, width = config["num_attention_heads"], config["attention_head_dim"]
+    arms = (Arm(DENSE), Arm(HALO, 8), Arm(HALO, 16))
+    return [Case(WHOLE, side, heads, width, arms) for side in (16, 64)]
+
+
+def _left_out(quick: bool) -> dict[str, str]:
+    """What `cases_for` would hold elsewhere, and why not here."""
+    if WHOLE not in bundled():
+        return {WHOLE: "this install does not bundle it"}
+    return {WHOLE: "a quick run has no time for it"} if quick else {}
 
 
 def run(
@@ -134,6 +156,7 @@ def run(
         **surroundings(where),
         "dtype": str(dtype).removeprefix("torch."),
         "cases": [_summary(case) for case in cases],
+        "left_out": _left_out(quick),
         "flops_per_token": flops_per_token(),
         "minutes": round((time.monotonic() - began) / 60, 2),
     }
@@ -146,15 +169,32 @@ def run(
     return result
 
 
+def show(file: Path) -> str:
+    """The table of the README from a result that `run` wrote.
+
+    Raises ValueError for a file that holds no such result.
+    """
+    try:
+        result = json_text.loads(file.read_text(encoding="utf-8"))
+        if result["benchmark"] != "clear":
+            raise ValueError(f"it is of the benchmark {result['benchmark']!r}")
+        return short_table(result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot show {file}: it is no result of the benchmark of CLEAR ({reason}); give a file that "
+            "reattend bench clear --out wrote"
+        ) from None
+
+
 def measure_round(case: Case, device: torch.device, dtype: torch.dtype, turn: int) -> None:
     """Every arm once; the first round also warms up, and every other one goes in reverse."""
     for arm in case.arms if turn % 2 == 0 else reversed(case.arms):
         if arm in case.dropped:
             continue
         try:
-            work = (
-                block_work(case, arm, device, dtype) if case.what == "FLUX block" else op_work(case, arm, device, dtype)
-            )
+            make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
+            work = make(case, arm, device, dtype)
             if turn == 0 and arm.kind != DENSE:
                 measured(work, device)  # compiles, fills caches
             case.runs.setdefault(arm, []).append(measured(work, device))
@@ -229,6 +269,17 @@ def block_work(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -
     return lambda: model(**call)
 
 
+def whole_work(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    """A picture of the bundled model from text to pixels, dense or with CLEAR; its 512 text tokens are the default."""
+    pipe = load(WHOLE, device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    if arm.radius is not None:
+        install(pipe, "clear", radius=arm.radius, backend="auto")
+    pixels = case.side * 2 * pipe.vae_scale_factor
+    size = {"height": pixels, "width": pixels, "num_inference_steps": STEPS}
+    return lambda: pipe("a blue car on sand", generator=torch.Generator().manual_seed(0), **size)
+
+
 def _flux(heads: int, width: int) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
@@ -290,28 +341,3 @@ def _goals(cases: list[Case]) -> list[dict[str, Any]]:
             }
         )
     return goals
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people, as a Markdown table."""
-    lines = [
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch {result['versions']['torch']}, "
-        f"diffusers {result['versions']['diffusers']}; `{result['command']}`, {result['minutes']} minutes",
-        "",
-        "| | tokens | heads x width | arm | seconds | times faster | extra memory at peak, MiB | rounds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in result["cases"]:
-        where = f"{case['what']} | {case['tokens']} | {case['heads']} x {case['head_width']}"
-        for arm, row in case["arms"].items():
-            peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            faster = "–" if row["times_faster_than_dense"] is None else f"{row['times_faster_than_dense']:.2f}"
-            lines.append(f"| {where} | {arm} | {row['seconds']:.3g} | {faster} | {peak} | {case['rounds']} |")
-        lines += [f"| {where} | {arm} | {why} | – | – | – |" for arm, why in case["left_out"].items()]
-    for row in result["flops_per_token"]:
-        sizes = ", ".join(f"{pixels} px {flops / 1e6:.1f}" for pixels, flops in row["flops_per_token"].items())
-        lines.append(f"MFLOP per image token, {row['pattern']}: {sizes}")
-    for goal in result.get("goals", []):
-        value = "not measured" if goal["value"] is None else f"{goal['value']:.2f}"
-        lines.append(f"{goal['goal']}: {value} (goal {goal['at_least']:g}) {'MISSED' if goal['met'] is False else ''}")
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from forked import forked
 
 from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, training, world
 
@@ -74,9 +75,11 @@ def test_two_processes_train_as_one(vae_folder: Path, tmp_path: Path) -> None:
     one = train_sd.SdTrainer(config)
     one.train()
     flags = ["--vae", vae_folder, "--steps", "2", "--close-up-steps", "1", "--pool", "8", "--batch", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["reattend.emoji_world.train_sd", "--out", tmp_path / "two", *flags]
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    argv = ["train_sd", "--out", str(tmp_path / "two"), *map(str, flags)]
+    script = "reattend.emoji_world.train_sd"
+    work = f"import runpy, sys; sys.argv = {argv}; runpy.run_module({script!r}, run_name='__main__', alter_sys=True)"
+    done = forked(2, work, [script, "torch.distributed"])
+    assert done.returncode == 0, done.stderr[-2000:]
     two = train_sd.SdTrainer(replace(config, out=tmp_path / "two"))
     assert two.done == 2
     for a, b in zip(one.parameters, two.parameters, strict=True):

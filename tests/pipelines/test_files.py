@@ -53,4 +53,6 @@ def test_free_path_names_after_the_text_and_never_takes_a_name_twice(tmp_path):
     first.touch()
     assert free_path(tmp_path, "A blue car, on sand! 7", ".png").name == "a-blue-car-on-sand-7-2.png"
     assert free_path(tmp_path, "猫/../..", ".png") == tmp_path / "picture.png"
+    (tmp_path / "car-64x64.png").touch()
+    assert free_path(tmp_path, "car", ".png", ["-64x64.png"]).name == "car-2.png"
     assert len(free_path(tmp_path, "x" * 500, ".png").stem) == 48

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import tiny
+import tiny_dits
 import torch
+from forked import forked
 from lockstep import lockstep
 from tiny import denoise_flux, image_ids
 
@@ -59,6 +57,26 @@ def test_pipelines_give_the_same_latents_on_every_rank(name, ranks, settings, re
         assert torch.equal(alone, want)
 
 
+@pytest.mark.parametrize("name", ["flux2", "qwenimage"])
+@pytest.mark.parametrize("settings", [{"radius": 3}, {"radius": 2, "pool": 2}], ids=str)
+def test_other_transformers_give_the_same_latents_on_every_rank(name, settings, monkeypatch):
+    denoise = getattr(tiny_dits, f"denoise_{name}")
+    models = [copy.deepcopy(getattr(tiny_dits, name)()) for _ in range(3)]
+    for model in models:
+        install(model, "clear", **settings)
+    mask = {"encoder_hidden_states_mask": torch.arange(7).expand(2, 7) < torch.tensor([[5], [7]])}
+    more = mask if name == "qwenimage" else {}
+    want = denoise(models[0], (11, 6), batch=2, **more)
+
+    def work(rank: int) -> torch.Tensor:
+        with patches(models[rank]):
+            return denoise(models[rank], (11, 6), batch=2, **more)
+
+    for got in as_ranks(monkeypatch, 3, work):
+        torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
+    assert torch.equal(denoise(models[0], (11, 6), batch=2, **more), want)
+
+
 def test_one_rank_sends_nothing_and_changes_nothing(flux):
     install(flux, "clear", radius=3)
     want = tiny.run(flux)
@@ -94,10 +112,9 @@ def test_what_cannot_be_split_says_so(flux, sd, monkeypatch):
     assert not sd.unet._forward_hooks
 
 
-SCRIPT = """
-import datetime, os, signal, sys
+JOB = """
+import datetime, os, signal
 import torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
 import tiny
 from reattend.attn_processors import install
 from reattend.pipelines import patches
@@ -116,20 +133,13 @@ with patches(pipe) as comm:
     latents = tiny.run(pipe, height=64, width=48, callback_on_step_end=die)
 torch.save((latents, comm.sent), {out!r} + f"/rank-{{dist.get_rank()}}.pt")
 """
-
-
-def start(tmp_path: Path, die: bool) -> subprocess.CompletedProcess:
-    script = tmp_path / "job.py"
-    script.write_text(SCRIPT.format(tests=str(Path(tiny.__file__).parent), out=str(tmp_path), die=die))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+MODULES = ["tiny", "torch.distributed", "reattend.pipelines.splitting", "diffusers.pipelines.flux.pipeline_flux"]
 
 
 def test_processes_give_the_picture_of_one(flux, tmp_path):
     install(flux, "clear", radius=3)
     want = tiny.run(flux, height=64, width=48)
-    done = start(tmp_path, die=False)
+    done = forked(2, JOB.format(out=str(tmp_path), die=False), MODULES)
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in range(2):
         got, sent = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
@@ -138,7 +148,7 @@ def test_processes_give_the_picture_of_one(flux, tmp_path):
 
 
 def test_a_rank_that_dies_is_named_and_nobody_hangs(tmp_path):
-    done = start(tmp_path, die=True)
+    done = forked(2, JOB.format(out=str(tmp_path), die=True), MODULES)
     assert done.returncode != 0
     assert "rank 0 waited in vain for rank 1 of 2" in done.stderr
     assert not list(tmp_path.glob("rank-*.pt"))

@@ -66,6 +66,27 @@ def test_every_family_grows_a_picture_and_its_recipe_repeats_it(family, tmp_path
     assert picture.recipe.made_with["pipeline"] == type(family).__name__
 
 
+@pytest.mark.parametrize("attention", [None, ({"name": "agent", "ratio": 0.4},)], ids=["stock", "agent"])
+def test_every_size_is_saved_with_the_recipe_that_makes_it(sd, tmp_path, attention):
+    picture = upscale(grown(scale=3, attention=attention), pipe=sd)
+    saved = picture.save(tmp_path / "car.png")
+    names = ["car-24x16.png", "car-40x24.png", "car.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, *(name + ".json" for name in names)])
+    for (png, sidecar), name, image in zip(saved, names, (*picture.smaller, picture.image), strict=True):
+        assert (png.name, sidecar.name) == (name, name + ".json")
+        recipe = Recipe.read(png)
+        again = (upscale if recipe.upscale else generate)(recipe, pipe=sd)
+        assert np.array_equal(pixels(again.image), pixels(image))
+
+
+def test_a_source_file_is_not_written_again(sd, tmp_path):
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "red.png")
+    source = str(tmp_path / "red.png")
+    picture = upscale(replace(grown(scale=1.6, source=source), width=None, height=None), pipe=sd)
+    assert len(picture.smaller) == 1
+    assert [png.name for png, _ in picture.save(tmp_path / "large.png")] == ["large.png"]
+
+
 def test_a_later_stage_is_the_stock_image_to_image_call_bit_for_bit(sd):
     from diffusers import StableDiffusionImg2ImgPipeline
 

@@ -33,11 +33,13 @@ def pixels(name):
     return np.asarray(Image.open(name))
 
 
-def test_upscale_writes_the_largest_picture_with_its_recipe_which_makes_it_again(tmp_path, capsys):
+def test_upscale_writes_every_size_with_the_recipe_which_makes_it_again(tmp_path, capsys):
     argv = ["upscale", "a car", *QUICK, "--size", "47x32", "--strength", "0.5", "--later-steps", "4", "--json"]
     assert main([*argv, "--attention", "agent", "ratio=0.4", "--tile-from", "40"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert files(tmp_path) == ["out", "out/a-car-5.png", "out/a-car-5.png.json"]
+    names = ["a-car-5-24x16.png", "a-car-5-24x16.png.json", "a-car-5.png", "a-car-5.png.json"]
+    assert files(tmp_path) == ["out", *(f"out/{name}" for name in names)]
+    assert made["smaller"] == ["out/a-car-5-24x16.png"]
     assert Image.open(made["image"]).size == (48, 32)
     recipe = Recipe.read(made["image"])
     assert recipe == Recipe.from_json(json.dumps(made["recipe"]))
@@ -45,6 +47,10 @@ def test_upscale_writes_the_largest_picture_with_its_recipe_which_makes_it_again
     growth = recipe.upscale
     assert (growth.scale, growth.sizes, growth.strength, growth.steps) == (None, ((47, 32),), 0.5, 4)
     assert (growth.attention[0]["ratio"], growth.tile_from) == (0.4, 40)
+    assert Image.open(made["smaller"][0]).size == (24, 16)
+    assert Recipe.read(made["smaller"][0]).upscale is None
+    assert main(["image", "--recipe", made["smaller"][0], "--out", "first.png"]) == 0
+    assert np.array_equal(pixels("first.png"), pixels(made["smaller"][0]))
     for command in ("upscale", "image"):
         assert main([command, "--recipe", made["image"], "--out", f"{command}.png"]) == 0
         assert np.array_equal(pixels(f"{command}.png"), pixels(made["image"]))

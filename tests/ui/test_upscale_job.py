@@ -95,6 +95,9 @@ def test_a_picture_is_enlarged_saved_and_shown_with_its_recipe(session):
     recipe = Recipe.read(last.made.file)
     assert recipe == last.made.recipe
     assert "24 × 16, then 2 times as large at strength 0.7" in summary(recipe)
+    (first,) = last.made.smaller
+    assert Image.open(first).size == (24, 16) and first.name in last.message
+    assert Recipe.read(first) == replace(recipe, upscale=None)
     assert "later agent" in summary(replace(recipe, upscale=Upscale(attention=AGENT)))
 
 

@@ -1,0 +1,127 @@
+"""Qwen-Image: double blocks only, text first; padded text is hidden by a mask of the model's own.
+
+The grid is in `img_shapes`: frames, rows and columns of each picture of a row, the one to denoise first; further ones are
+references (Qwen-Image-Edit). Several pictures to denoise at once (Qwen-Image-Layered) have no one grid.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import Attention
+from ..method import LayerInfo
+from . import Family, UnsupportedModel, argument
+from .joint import JointLayer, rotated
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+LAYER = re.compile(r"transformer_blocks\.\d+\.attn")
+
+
+class QwenImageLayer(JointLayer):
+    """A layer of Qwen-Image, around the method the same as diffusers' QwenDoubleStreamAttnProcessor2_0."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """(image (B, N, C), text (B, T, C)). Masks are bool, (B, T); `attention_mask` is an error of the stock layer."""
+        if self.method is None:
+            self.refuse_blank()
+        call = None
+        if not self.neutral and attention_mask is None and encoder_hidden_states is not None:
+            mask = encoder_hidden_states_mask
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(hidden_states.shape[:2])], dim=1)
+            call = self.open(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb, holds_text=False)
+        if call is None:
+            return self.stock(
+                attn,
+                hidden_states,
+                encoder_hidden_states,
+                encoder_hidden_states_mask,
+                attention_mask,
+                image_rotary_emb,
+            )
+        out = self.checked(call, self.attend(call))
+        text, image = out.split_with_sizes([call.layout.before, hidden_states.shape[1]], dim=1)
+        for layer in attn.to_out:  # linear, dropout
+            image = layer(image)
+        return image, attn.to_add_out(text)
+
+    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
+        if rotary is None:
+            return x
+        image, text = rotary  # (N, d / 2), (T, d / 2)
+        return rotated(x, torch.cat([text, image]).unsqueeze(1))
+
+    def split(self, attn: Any, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))  # tensor parallelism leaves fewer heads
+
+
+class QwenImageFamily(Family):
+    layer = QwenImageLayer
+
+    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
+        return [
+            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
+            for name, module in model.named_modules()
+            if LAYER.fullmatch(name) and isinstance(module, Attention)
+        ]
+
+    def why_not(self, module: nn.Module) -> str | None:
+        name = type(module.processor).__name__
+        if name == "QwenDoubleStreamAttnProcessor2_0":
+            return None
+        return (
+            f"it carries {name}, which we would not know how to imitate; put the stock processor there first, or leave the "
+            "layer out with layers=..."
+        )
+
+    def read(self, context: Context, args: tuple, kwargs: dict) -> None:
+        hidden_states = argument(context.model, args, kwargs, "hidden_states")
+        context.timestep, context.timestep_unit = argument(context.model, args, kwargs, "timestep"), 1000
+        context.batch, context.frames, context.device = hidden_states.shape[0], 1, hidden_states.device
+        context.text = argument(context.model, args, kwargs, "encoder_hidden_states").shape[1]
+        shapes = argument(context.model, args, kwargs, "img_shapes")
+        row = shapes[0] if isinstance(shapes, list) else shapes  # the model takes the first for all
+        pictures = row if isinstance(row, list) else [row]
+        frames, height, width = pictures[0]
+        one = frames == 1 and not getattr(context.model.config, "use_layer3d_rope", False)
+        context.grids = {height * width: (height, width)} if one else {}
+        context.references = sum(math.prod(picture) for picture in pictures[1:])
+
+    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+        """Behind the first projection; the positions, which the model makes for the whole picture, likewise."""
+        model = context.model
+        if getattr(model.config, "zero_cond_t", False):
+            raise UnsupportedModel(f"{type(model).__name__} with zero_cond_t cannot be split over ranks yet.")
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if argument(module, args, kwargs, "controlnet_block_samples") is not None:
+                raise UnsupportedModel("a ControlNet's residuals cannot be split over ranks yet; leave it out.")
+
+        def positions(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return take(output[0][None])[0], output[1]
+
+        return [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.img_in.register_forward_hook(lambda module, args, output: take(output)),
+            model.pos_embed.register_forward_hook(positions),
+            model.proj_out.register_forward_hook(lambda module, args, output: join(output)),
+        ]
+
+
+FAMILY = QwenImageFamily()
