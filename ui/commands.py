@@ -17,7 +17,8 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from ..pipelines.recipe import Recipe
 from ..pipelines.stages import Upscale as Growth
-from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries
+from .distill_commands import Distill
+from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries, read_size
 from .ranks import joined
 
 __all__ = ["Command"]
@@ -161,7 +162,7 @@ class Upscale(Image):
         if self.attention:
             given["attention"] = self._attention()
         if self.scale is not None or self.size:
-            given |= {"scale": self.scale, "sizes": tuple(_size(text) for text in self.size)}
+            given |= {"scale": self.scale, "sizes": tuple(read_size(text) for text in self.size)}
         if self.source is not None:
             given["source"] = str(self.source)
             recipe = replace(recipe, width=self.width, height=self.height)  # those of --recipe are of its own picture
@@ -314,17 +315,10 @@ class Ui:
         )  # fmt: skip
 
 
-def _size(text: str) -> tuple[int, int]:
-    """A size as it is typed, such as 1024x768. Raises ValueError."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--size cannot read {text!r}: write width x height in pixels, as in --size 1024x768")
-    return int(width), int(height)
-
-
 Command = (
     Annotated[Image, subcommand("image")]
     | Annotated[Upscale, subcommand("upscale")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]

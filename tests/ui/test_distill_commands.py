@@ -1,0 +1,68 @@
+"""`reattend distill` from the command line: samples, a run that is stopped and goes on, and bad input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from reattend.ui.cli import main
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    tiny.flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def world(flux_folder, tmp_path, monkeypatch):
+    """The tiny random FLUX under the name of a bundled model, and an empty folder with prompts to work in."""
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", flux_folder.parent)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\na dog\n")
+
+
+DATA = ["distill", "data", "--model", "tiny-flux", "--prompts", "prompts.txt", "--samples", "4", "--steps", "1",
+        "--text-length", "16", "--size", "32x32", "--device", "cpu"]  # fmt: skip
+RUN = ["distill", "run", "--model", "tiny-flux", "--data", "runs/samples", "--batch", "2", "--micro-batch", "2", "--attention",
+       "clear", "radius=2", "--set", "log_every=1", "save_every=2"]  # fmt: skip
+
+
+def test_samples_then_a_run_then_more_of_it(capsys):
+    assert main([*DATA, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"samples": 4, "folder": "runs/samples"}
+    assert main([*RUN, "--steps", "3"]) == 0
+    assert capsys.readouterr().out == "runs/distill/student  (step 3)\n"
+    assert main([*RUN, "--steps", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"step": 5, "finished": True, "student": "runs/distill/student"}
+    logged = [json.loads(line)["step"] for line in Path("runs/distill/log.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4, 5]
+    config = json.loads(Path("runs/distill/config.json").read_text())
+    assert (config["attention"]["radius"], config["model"], config["save_every"]) == (2.0, "tiny-flux", 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([*DATA, "--pictures", "x"], "give either --prompts FILE or --pictures FOLDER"),
+        ([*DATA, "--size", "32"], "--size cannot read '32'"),
+        ([*DATA, "--size", "36x32"], "width does not work: got 36 pixels"),
+        ([*RUN, "--steps", "0"], "steps is out of range: got 0"),
+        ([*RUN, "--set", "speed=3"], "the command has an entry 'speed', which is none of model, data"),
+        ([*RUN, "--set", "ema"], "--set cannot read 'ema'"),
+        (["distill", "run"], "the command tells no 'model'; give one"),
+        (["distill", "run", "nothing.toml"], "cannot read nothing.toml"),
+        ([*RUN, "--set", "radius_steps=no"], r"DistillConfig(radius_steps=...) wants int, got"),
+        (RUN, "there is nothing at runs/samples; make samples with: reattend distill data"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_exit_code_2(argv, sentence, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
