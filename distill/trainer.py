@@ -76,12 +76,17 @@ def distill(
     if not config.data.exists():
         raise ValueError(f"there is nothing at {config.data}; make samples with: reattend distill data")
     with Ranks.joined(config) as ranks, _stoppable(cancel or CancelToken()) as stop:
+        own = pipe is None
         if pipe is None:
             from ..pipelines.load import load
 
             pipe = load(config.model, device=ranks.device, dtype=config.precision)
         _check_type(pipe, config, ranks)
         samples = _samples(config, pipe, ranks)
+        if own and not config.validate_every:  # text encoders and VAE have done their work
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module) and part is not denoising_of(pipe).model:
+                    part.to("cpu")
         run = Run(config, pipe, samples, ranks)
         try:
             return run.train(on_step, stop)

@@ -151,7 +151,7 @@ class Run:
 
     def run(self) -> None:
         """Train. Raises ValueError or TypeError for bad input."""
-        config = self.to_config()
+        config = to_config(self)
         import os
 
         from ..distill.trainer import distill
@@ -165,28 +165,69 @@ class Run:
             state = "" if ended.finished else f" of {config.steps}; start it again to go on"
             print(json_text.dumps(told) if self.json else f"{ended.student}  (step {ended.step}{state})")
 
-    def to_config(self) -> Any:
-        """The configuration of the recipe, with the options that were given."""
-        from ..distill.config import DistillConfig
 
-        names = ("model", "data", "steps", "batch", "micro_batch", "lr", "rank", "seed", "out")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        for pair in self.set:
-            if "=" not in pair:
-                raise ValueError(f"--set cannot read {pair!r}: fields are written KEY=VALUE, as in --set ema=0.99")
-            given |= [tuple(pair.split("=", 1))]  # type: ignore[operator]
-        if self.attention:
-            given["attention"] = attention_entry(*self.attention)
-        if self.recipe is not None:
-            return DistillConfig.read(self.recipe, **given)
-        return DistillConfig.from_values({}, "the command", **given)
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tell how much memory a training takes, at full size, without downloading or allocating the model."""
+
+    recipe: Annotated[Path | None, Positional, FILE, arg(metavar="RECIPE", help_behavior_hint="")] = None
+    """TOML file, or a run's config.json."""
+    model: Annotated[str | None, TEXT, default("the recipe's")] = None
+    """Local diffusers folder, or hub id of a model whose sizes are known here."""
+    attention: Annotated[
+        tuple[str, ...], arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: clear)")
+    ] = ()
+    """What the student attends with."""
+    set: Annotated[tuple[str, ...], KEYS] = ()
+    """Any other field of the recipe, for example: --set rank=64 micro_batch=2"""
+    size: Annotated[str, TEXT, arg(metavar="WIDTHxHEIGHT")] = "1024x1024"
+    """Of the samples, in pixels."""
+    text_length: int = 512
+    """Text tokens of a sample."""
+    processes: int = 1
+    """How many share the work."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> None:
+        """Count. Raises ValueError or TypeError for bad input."""
+        config = to_config(self)
+        size = read_size(self.size)
+        if self.processes < 1 or self.text_length < 0:
+            raise ValueError(
+                f"--processes is at least 1 and --text-length at least 0, got {self.processes} and {self.text_length}"
+            )
+        from ..distill.plan import memory_plan
+
+        quiet_libraries()
+        found = memory_plan(config, size=size, text_length=self.text_length, processes=self.processes)
+        print(found.to_json() if self.json else found)
+
+
+def to_config(command: Run | Plan) -> Any:
+    """The configuration of the recipe, with the options that were given."""
+    from ..distill.config import DistillConfig
+
+    names = ("model", "data", "steps", "batch", "micro_batch", "lr", "rank", "seed", "out")
+    given = {name: value for name in names if (value := getattr(command, name, None)) is not None}
+    for pair in command.set:
+        if "=" not in pair:
+            raise ValueError(f"--set cannot read {pair!r}: fields are written KEY=VALUE, as in --set ema=0.99")
+        key, _, value = pair.partition("=")
+        given[key] = value
+    if command.attention:
+        given["attention"] = attention_entry(*command.attention)
+    if command.recipe is not None:
+        return DistillConfig.read(command.recipe, **given)
+    needed = {"data": SAMPLES} if isinstance(command, Plan) else {}
+    return DistillConfig.from_values(needed, "the command", **given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
     """Train a pretrained diffusion transformer into a linear one."""
 
-    what: Annotated[Data, subcommand("data")] | Annotated[Run, subcommand("run")]
+    what: Annotated[Data, subcommand("data")] | Annotated[Run, subcommand("run")] | Annotated[Plan, subcommand("plan")]
 
     def run(self) -> None:
         self.what.run()

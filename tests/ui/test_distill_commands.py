@@ -66,3 +66,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(argv, sentence, capsys):
     said = capsys.readouterr().err
     assert sentence in said
     assert "Traceback" not in said
+
+
+def test_memory_is_told_before_anything_is_loaded(capsys, flux_folder):
+    argv = [
+        "distill",
+        "plan",
+        "--model",
+        str(flux_folder),
+        "--size",
+        "64x64",
+        "--text-length",
+        "16",
+        "--set",
+        "micro_batch=1",
+    ]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total_bytes"] == found["state_bytes"] + found["average_bytes"] + found["activation_bytes"]
+    assert main(argv) == 0
+    assert "weights, gradients and optimiser: 0." in capsys.readouterr().out
+    assert main(["distill", "plan", "--model", "someone/else"]) == 2
+    assert "the architecture of 'someone/else' is not here" in capsys.readouterr().err
