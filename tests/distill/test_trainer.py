@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reattend.attn_processors import ATTN_PROCESSORS
+from reattend.attn_processors.families import family_of
 from reattend.distill import distill, load_linear
 from reattend.distill import trainer as trainer_module
 from reattend.distill.batches import learning_rate
@@ -307,3 +309,27 @@ def test_a_state_of_another_shape_is_refused(flux, config):
     save_file(tensors | {name: tensors[name][:1].clone()}, file)
     with pytest.raises(ValueError, match=r"does not fit this run: 'trained\..*' is missing or has another shape"):
         distill(replace(settings, steps=2), pipe=flux)
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "linear", "inline", "flow", "agent-joint"])
+def test_every_linear_form_trains_and_its_student_loads(name, flux, config):
+    settings = {"radius": 2} if name == "neighborhood" else {}
+    asked = config(
+        steps=12, ema=0, flow_weight=0.0, lr=3e-3, attention={"name": name, **settings}, batch=4, micro_batch=4
+    )
+    ended = distill(asked, pipe=flux)
+    logged = lines(asked.out)
+    assert logged[-1]["loss"] < 0.95 * logged[0]["loss"]
+    method = ATTN_PROCESSORS[name](**settings)
+    kept = load_file(ended.student / "student.safetensors")
+    for info, _ in family_of(flux.transformer).layers(flux.transformer):
+        for key, first in method.new_parameters(info).items():
+            assert not torch.equal(kept[f"{info.name}.reattend_{key}"], first), key  # each is trained
+    joined, make = in_one_process(asked, flux)
+    with joined as ranks:
+        run = make(ranks)
+        with run.roles.student():
+            want = tiny.run(flux)
+        run.close()
+    load_linear(flux, ended.student)
+    assert torch.equal(tiny.run(flux), want)
