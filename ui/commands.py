@@ -56,6 +56,8 @@ class Image:
         arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: stock; repeatable)"),
     ] = ()
     """Attention to use in place of the stock one, for example: --attention agent ratio=0.4"""
+    linear: Annotated[Path | None, FILE, default("none")] = None
+    """Folder of a trained linear student (`reattend distill run`), in place of --attention."""
     out: Path = OUT
     """Folder, or name of a PNG file."""
     device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
@@ -103,6 +105,12 @@ class Image:
     def _recipe(self, given: dict[str, Any]) -> Recipe:
         names = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
         given |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.linear is not None:
+            if not self.linear.exists():
+                raise ValueError(
+                    f"--linear {self.linear} is not there; give the folder of a student or its weight file"
+                )
+            given["linear"] = str(self.linear)
         if self.recipe is not None:
             return replace(Recipe.read(self.recipe), **given)
         if "prompt" not in given:

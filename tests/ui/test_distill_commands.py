@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 from reattend.ui.cli import main
 
@@ -44,6 +45,26 @@ def test_samples_then_a_run_then_more_of_it(capsys):
     assert logged == [1, 2, 3, 4, 5]
     config = json.loads(Path("runs/distill/config.json").read_text())
     assert (config["attention"]["radius"], config["model"], config["save_every"]) == (2.0, "tiny-flux", 2)
+
+
+def test_the_student_makes_pictures_from_the_command_line(capsys):
+    assert main([*DATA]) == 0
+    assert main([*RUN, "--steps", "3", "--lr", "0.05"]) == 0
+    draw = ["image", "a cat", "--model", "tiny-flux", "--steps", "2", "--seed", "5", "--width", "32", "--height", "32"]
+    student = ["--linear", "runs/distill/student"]
+    assert main([*draw, "--out", "stock.png"]) == 0
+    assert main([*draw, *student, "--out", "student.png"]) == 0
+    assert main(["image", "--recipe", "student.png", "--out", "again.png"]) == 0
+    stock, ours, again = (Path(f"{name}.png.json") for name in ("stock", "student", "again"))
+    assert json.loads(ours.read_text())["linear"] == "runs/distill/student"
+    assert json.loads(again.read_text())["linear"] == "runs/distill/student"
+    pixels = [Image.open(path.with_suffix("")).tobytes() for path in (stock, ours, again)]
+    assert pixels[1] == pixels[2] != pixels[0]
+    capsys.readouterr()
+    assert main([*draw, *student, "--attention", "clear", "radius=2"]) == 2
+    assert "brings its own attention, got 'clear' besides" in capsys.readouterr().err
+    assert main([*draw, "--linear", "nothing"]) == 2
+    assert "--linear nothing is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
