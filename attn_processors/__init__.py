@@ -20,6 +20,7 @@ if __name__ != "reattend.attn_processors":
 
 if TYPE_CHECKING:
     from .agent import AgentAttnProcessor
+    from .agent_joint import AgentJointAttnProcessor
     from .binding import pluggable
     from .clear import ClearAttnProcessor
     from .compat import BackendUnavailable
@@ -27,23 +28,42 @@ if TYPE_CHECKING:
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, install, installed
     from .layer import LayerCall, LayoutError
+    from .linear_forms import (
+        FlowAttnProcessor,
+        InLineAttnProcessor,
+        KernelLinearAttnProcessor,
+        NeighborhoodAttnProcessor,
+    )
     from .method import AttnMethod, LayerInfo
     from .report import Report
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
-_METHODS = {"agent": "AgentAttnProcessor", "clear": "ClearAttnProcessor"}  # short name -> class
+_METHODS = {  # short name -> class
+    "agent": "AgentAttnProcessor",
+    "clear": "ClearAttnProcessor",
+    "neighborhood": "NeighborhoodAttnProcessor",
+    "linear": "KernelLinearAttnProcessor",
+    "inline": "InLineAttnProcessor",
+    "flow": "FlowAttnProcessor",
+    "agent-joint": "AgentJointAttnProcessor",
+}
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
+    "AgentJointAttnProcessor": "agent_joint",
     "AttnMethod": "method",
     "BackendUnavailable": "compat",
     "ClearAttnProcessor": "clear",
     "Context": "context",
     "Displaced": "installer",
+    "FlowAttnProcessor": "linear_forms",
     "Handle": "installer",
+    "InLineAttnProcessor": "linear_forms",
+    "KernelLinearAttnProcessor": "linear_forms",
     "LayerCall": "layer",
     "LayerInfo": "method",
     "LayoutError": "layer",
+    "NeighborhoodAttnProcessor": "linear_forms",
     "Report": "report",
     "UnsupportedModel": "families",
     "install": "installer",
@@ -54,15 +74,20 @@ _FILES = {  # public name -> file
 __all__ = [
     "ATTN_PROCESSORS",
     "AgentAttnProcessor",
+    "AgentJointAttnProcessor",
     "AttnMethod",
     "BackendUnavailable",
     "ClearAttnProcessor",
     "Context",
     "Displaced",
+    "FlowAttnProcessor",
     "Handle",
+    "InLineAttnProcessor",
+    "KernelLinearAttnProcessor",
     "LayerCall",
     "LayerInfo",
     "LayoutError",
+    "NeighborhoodAttnProcessor",
     "Report",
     "UnsupportedModel",
     "install",

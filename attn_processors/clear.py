@@ -133,6 +133,10 @@ class ClearAttnProcessor(AttnMethod):
             lines.append(f"clear on {height} x {width}{text}: {verdict}, by {backend!r}")
         return "\n".join(lines)
 
+    def new_parameters(self, layer: LayerInfo) -> dict[str, Tensor]:
+        """The weight map of the pooled cells, which begins as their mean."""
+        return {} if self.pool is None else {POOL_WEIGHTS: torch.full((self.pool, self.pool), self.pool**-2.0)}
+
     @property
     def _pool(self) -> Pool | None:
         return None if self.pool is None else Pool(self.pool, self.pool_budget)

@@ -106,6 +106,15 @@ class LayerCall:
             self._v = self.to_v(self.x)
         return self._v
 
+    @property
+    def unrotated_q(self) -> Tensor:
+        """`q` before the rotary embedding, where there is one: (B, N, h, d)"""
+        return self.q
+
+    def rotated(self, x: Tensor, places: Tensor) -> Tensor:
+        """Tokens (B, M, h, d) with the rotary embedding of these places in the sequence, (M,)."""
+        return x
+
     def to_q(self, x: Tensor) -> Tensor:
         """Project and normalise any tokens of this layer: (B, M, C) -> (B, M, h, d)."""
         return self._layer.project_q(self._attn, x)

@@ -97,6 +97,10 @@ class AttnMethod:
         """Rows that stay together when the picture is split over ranks; None: the method cannot be split."""
         return None
 
+    def new_parameters(self, layer: LayerInfo) -> dict[str, Tensor]:
+        """What training adds to a layer beside its own weights: name -> first value, fp32; see `LayerCall.extra`."""
+        return {}
+
     def patches(self, model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         """(module, attribute, replacement) triples that `install` sets and removal puts back."""
         return []

@@ -1,8 +1,10 @@
-"""Training a pretrained model into a linear one: so far, the folder of a trained student.
+"""Training a pretrained model into a linear one: teacher and student are the same model in two roles.
 
-from reattend.distill import load_linear
+from reattend.distill import DistillConfig, distill, load_linear, make_dataset
 
-handle = load_linear(pipe, "runs/student")  # or a weight file published with CLEAR
+make_dataset(pipe, "runs/samples", prompts=[...])
+distill(DistillConfig(model="...", data="runs/samples", out="runs/student", attention={"name": "clear", "radius": 8}))
+handle = load_linear(pipe, "runs/student/student")  # or a weight file published with CLEAR
 handle.remove()
 """
 
@@ -15,11 +17,20 @@ if __name__ != "reattend.distill":
     raise ImportError("import reattend.distill instead of this bare folder; first: pip install -e .")
 
 if TYPE_CHECKING:
+    from .config import DistillConfig
+    from .data import make_dataset
     from .linear_folder import load_linear, save_linear
+    from .trainer import distill
 
-_FILES = {"load_linear": "linear_folder", "save_linear": "linear_folder"}  # public name -> file
+_FILES = {  # public name -> file
+    "DistillConfig": "config",
+    "distill": "trainer",
+    "load_linear": "linear_folder",
+    "make_dataset": "data",
+    "save_linear": "linear_folder",
+}
 
-__all__ = ["load_linear", "save_linear"]
+__all__ = ["DistillConfig", "distill", "load_linear", "make_dataset", "save_linear"]
 
 
 def __getattr__(name: str) -> Any:

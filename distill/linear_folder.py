@@ -1,7 +1,8 @@
 """The folder of a trained linear model: settings of the attention and the parameters that were trained, nothing else.
 
     linear_config.json      format, the method with its settings, the class it was trained on, digest of the tensors
-    student.safetensors     parameters by their diffusers names, e.g. transformer_blocks.0.attn.to_q.weight
+    student.safetensors     parameters by their diffusers names, e.g. transformer_blocks.0.attn.to_q.weight; of a low-rank
+                            student its factors, ...to_q.low_rank.down and .up, whose product is added to the weight
 
 `load_linear` puts them into a stock pipeline like any attention: the handle's `remove` brings back the very parameters
 that were there. It also reads the weight files published with CLEAR (Liu et al., arXiv 2412.16112), which hold the same
@@ -32,6 +33,7 @@ CONFIG, WEIGHTS = "linear_config.json", "student.safetensors"
 FORMAT, VERSION = "reattend linear", 1
 PUBLISHED = re.compile(r"local_(\d+)(?:_down_(\d+))?")  # in the names of CLEAR's files: radius and pooling factor
 SPATIAL = ".processor.spatial_weight"
+DOWN, UP = ".low_rank.down", ".low_rank.up"  # factors (rank, inputs) and (outputs, rank)
 
 
 def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
@@ -51,7 +53,7 @@ def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
     method, tensors, trained_on = read_linear(path, **settings)
     plans = plan(target, [method], replacing=True)
     for model, _ in plans:
-        if trained_on not in (None, type(model).__name__):
+        if trained_on not in (None, _class_name(model)):
             raise ValueError(f"{path} was trained on a {trained_on}, got a {type(model).__name__}; load that model.")
     ((model, _),) = [part for part in plans if part[1][method]]
     parameters = _parameters(model, tensors, path)
@@ -85,7 +87,7 @@ def save_linear(
     config = {
         "format": FORMAT,
         "version": VERSION,
-        "model": type(model).__name__,
+        "model": _class_name(model),
         "method": {"name": method.name, **method.settings()},
         "tensors": _digest(whole),
         "info": dict(info or {}),
@@ -158,7 +160,7 @@ def _parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> d
     """The tensors as parameters on the device and in the type of the ones they replace; checks every name and shape."""
     there = dict(model.named_parameters())
     parameters = {}
-    for name, tensor in tensors.items():
+    for name, tensor in _merged(there, tensors, path).items():
         layer, _, attribute = name.rpartition(".")
         like = there.get(name)
         if like is None and attribute.startswith(EXTRA):
@@ -176,6 +178,26 @@ def _parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> d
         replacement = nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=False)
         parameters[name] = replacement
     return parameters
+
+
+def _merged(there: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
+    """The tensors with low-rank factors multiplied out and added to the model's own weights."""
+    whole = {name: tensor for name, tensor in tensors.items() if not name.endswith((DOWN, UP))}
+    for name in (name.removesuffix(DOWN) for name in tensors if name.endswith(DOWN)):
+        own, down, up = there.get(f"{name}.weight"), tensors[name + DOWN], tensors.get(name + UP)
+        if own is None or up is None or own.shape != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{path}: the low-rank factors of {name!r} do not fit this model; load the one it was trained on."
+            )
+        whole[f"{name}.weight"] = own.detach().cpu().float() + up.float() @ down.float()
+    return whole
+
+
+def _class_name(model: nn.Module) -> str:
+    """The stock class; `fully_shard` puts a class of its own before it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -255,11 +255,25 @@ def attention_of(recipe: Recipe, pipe: Any) -> contextlib.AbstractContextManager
             "the pipeline already carries attention of ours, which the recipe would not tell; call "
             "pipe.reset_attn_processor() (or remove its handle) and write it into the recipe's attention"
         )
+    if recipe.linear is not None:
+        return _student(recipe.linear, pipe)
     methods = [
         ATTN_PROCESSORS[entry["name"]].from_settings({key: value for key, value in entry.items() if key != "name"})
         for entry in recipe.attention
     ]
     return installed(pipe, methods) if methods else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _student(folder: str, pipe: Any) -> Iterator[None]:
+    """A trained linear student inside the pipeline for the length of a with block."""
+    from ..distill.linear_folder import load_linear  # which itself stands on this package
+
+    handle = load_linear(pipe, folder)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class Recipe:
         guidance: how strongly the prompt is followed (classifier-free guidance).
         seed: the only source of chance; None draws one.
         attention: what replaces the stock attention: settings with a name, ({"name": "agent", "ratio": 0.4},).
+        linear: folder of a trained linear student (`reattend distill run`), which brings its own attention; None: none.
         dtype: numbers the model computes in: "float32", "float16" or "bfloat16".
         upscale: how `upscale` enlarges the picture after it was made at this width and height; None: it is not enlarged.
         made_with: versions, device, pipeline and scheduler that made the picture; information only.
@@ -65,6 +66,7 @@ class Recipe:
     guidance: float | None = None
     seed: int | None = None
     attention: tuple[dict[str, Any], ...] = ()
+    linear: str | None = None
     dtype: str | None = None
     upscale: Upscale | None = None
     made_with: dict[str, str] = field(default_factory=dict)
@@ -95,6 +97,13 @@ class Recipe:
             )
         object.__setattr__(self, "made_with", dict(self.made_with))
         object.__setattr__(self, "attention", complete_attention(self.attention))
+        if self.linear is not None:
+            check_text("linear", self.linear, 1_000)
+            if self.attention:
+                raise ValueError(
+                    f"the linear student in {self.linear} brings its own attention, got {self.attention[0]['name']!r} "
+                    "besides; leave one of them out"
+                )
 
     def to_json(self) -> str:
         """The recipe as indented JSON (ASCII), with the version of its format."""
@@ -167,6 +176,7 @@ class Recipe:
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
             "Model": self.model,
             "Attention": " + ".join(_words(entry) for entry in self.attention) or None,
+            "Linear": self.linear,
             **(_upscale_words(self.upscale) if self.upscale else {}),
             "Version": f"reattend {self.made_with['reattend']}" if "reattend" in self.made_with else None,
         }

@@ -18,10 +18,19 @@ METHOD_WORDS: dict[str, str] = {
     STOCK: "As the model was made (stock)",
     "agent": "Agent attention: faster on large pictures (agent)",
     "clear": "Local attention: very large pictures with FLUX and SD3 (clear)",
+    "neighborhood": "Local attention in squares (neighborhood)",
+    "linear": "Linear attention, kernel form: for students trained with it (linear)",
+    "inline": "Linear attention, InLine form: for students trained with it (inline)",
+    "flow": "Linear attention, flow form: for students trained with it (flow)",
+    "agent-joint": "Agent attention with FLUX and SD3: for students trained with it (agent-joint)",
 }
 
 # What is shown at once; the others unfold.
-FIRST: dict[str, tuple[str, ...]] = {"agent": ("ratio", "levels"), "clear": ("radius", "pattern")}
+FIRST: dict[str, tuple[str, ...]] = {
+    "agent": ("ratio", "levels"),
+    "clear": ("radius", "pattern"),
+    "neighborhood": ("radius",),
+}
 
 WORDS: dict[str, tuple[str, str]] = {
     # setting: (label, hint)
@@ -31,6 +40,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "agent_ratio": ("How few go-betweens", "Share of tokens that are no agents, 0 up to 1; 0 is without agents"),
     "p": ("How sharply go-betweens are chosen", "Exponent of the scale; smaller is sharper"),
     "c": ("How much detail goes straight through", "Weight of a token's own value"),
+    "agents": ("How many go-betweens along a side", "More is finer and slower"),
     "levels": ("How deep it reaches", "Resolutions of the model, counted from the finest"),
     "destinations": ("Which tokens stay put", "fixed: the centre of each cell; random: any"),
     "seed": ("Seed of the random tokens", "Its own; leaves the picture's seed alone"),

@@ -17,7 +17,8 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from ..pipelines.recipe import Recipe
 from ..pipelines.stages import Upscale as Growth
-from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries
+from .distill_commands import Distill
+from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries, read_size
 from .ranks import joined
 
 __all__ = ["Command"]
@@ -55,6 +56,8 @@ class Image:
         arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: stock; repeatable)"),
     ] = ()
     """Attention to use in place of the stock one, for example: --attention agent ratio=0.4"""
+    linear: Annotated[Path | None, FILE, default("none")] = None
+    """Folder of a trained linear student (`reattend distill run`), in place of --attention."""
     out: Path = OUT
     """Folder, or name of a PNG file."""
     device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
@@ -107,6 +110,12 @@ class Image:
     def _recipe(self, given: dict[str, Any]) -> Recipe:
         names = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
         given |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.linear is not None:
+            if not self.linear.exists():
+                raise ValueError(
+                    f"--linear {self.linear} is not there; give the folder of a student or its weight file"
+                )
+            given["linear"] = str(self.linear)
         if self.recipe is not None:
             return replace(Recipe.read(self.recipe), **given)
         if "prompt" not in given:
@@ -166,7 +175,7 @@ class Upscale(Image):
         if self.attention:
             given["attention"] = self._attention()
         if self.scale is not None or self.size:
-            given |= {"scale": self.scale, "sizes": tuple(_size(text) for text in self.size)}
+            given |= {"scale": self.scale, "sizes": tuple(read_size(text) for text in self.size)}
         if self.source is not None:
             given["source"] = str(self.source)
             recipe = replace(recipe, width=self.width, height=self.height)  # those of --recipe are of its own picture
@@ -326,17 +335,10 @@ class Ui:
         )  # fmt: skip
 
 
-def _size(text: str) -> tuple[int, int]:
-    """A size as it is typed, such as 1024x768. Raises ValueError."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--size cannot read {text!r}: write width x height in pixels, as in --size 1024x768")
-    return int(width), int(height)
-
-
 Command = (
     Annotated[Image, subcommand("image")]
     | Annotated[Upscale, subcommand("upscale")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]

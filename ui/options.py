@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from ..pipelines.events import StepEvent
 
-__all__ = ["FILE", "NUMBER", "TEXT", "WHOLE", "Bar", "attention_entry", "default", "quiet_libraries"]
+__all__ = ["FILE", "NUMBER", "TEXT", "WHOLE", "Bar", "attention_entry", "default", "quiet_libraries", "read_size"]
 
 
 def _optional(kind: Callable[[str], Any], words: str) -> PrimitiveConstructorSpec:
@@ -54,6 +54,14 @@ def attention_entry(name: str = "", *pairs: str) -> dict[str, str]:
                 "as in --attention agent ratio=0.4, and the prompt comes before --attention"
             )
     return {"name": name, **dict(pair.split("=", 1) for pair in pairs)}
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """A size as it is typed, such as 1024x768. Raises ValueError."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size cannot read {text!r}: write width x height in pixels, as in --size 1024x768")
+    return int(width), int(height)
 
 
 class Bar:

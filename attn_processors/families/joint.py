@@ -67,6 +67,15 @@ class JointCall(LayerCall):
             self._v = self._joined("v")
         return self._v
 
+    @property
+    def unrotated_q(self) -> Tensor:
+        return self._joined("q")
+
+    def rotated(self, x: Tensor, places: Tensor) -> Tensor:
+        if self.rotary is None:
+            return x
+        return self._joint.rotate(x, tuple(table[places] for table in self.rotary))
+
     def _joined(self, which: str) -> Tensor:
         """Image and text projections in the layer's order, before the rotary embedding: (B, layout.tokens, h, d)."""
         image = getattr(self._layer, f"project_{which}")(self._attn, self.x)

@@ -1,0 +1,68 @@
+"""What a run tells while it goes on: losses, pace and memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import Losses
+from .ranks import Ranks
+
+__all__ = ["Meter", "TrainEvent"]
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """Some steps have ended. Told on the first process only.
+
+    Attributes:
+        step, steps: done so far, and in all.
+        numbers: the line of the log: losses, gradient norm, learning rate, samples per second, MiB of memory.
+        eta: estimated seconds until the end.
+    """
+
+    step: int
+    steps: int
+    numbers: dict[str, Any]
+    eta: float
+
+
+class Meter:
+    """Sums of the losses on the device, read only for the log, and the pace without pauses."""
+
+    def __init__(self, step: int, ranks: Ranks):
+        self.ranks = ranks
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.seconds = 0, 0.0
+        self._begun = step
+        self.rest(step)
+
+    def rest(self, step: int) -> None:
+        """Something else took time: do not count it."""
+        self._clock, self._from = time.monotonic(), step
+
+    def add(self, losses: Losses, count: int) -> None:
+        names = {"loss": losses.total, "flow": losses.flow, "output": losses.output, "attention": losses.attention}
+        names |= {f"layer {name}": value for name, value in losses.layers.items()}
+        for name, value in names.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() / count
+
+    def read(self, step: int, batch: int) -> dict[str, Any]:
+        """Means since the last reading, over all processes, and the pace."""
+        steps = step - self._begun
+        means = self.ranks.mean(torch.stack(list(self.sums.values())) / steps).tolist()
+        numbers: dict[str, Any] = dict(zip(self.sums, means, strict=True))
+        layers = {name.removeprefix("layer "): numbers.pop(name) for name in list(numbers) if name.startswith("layer ")}
+        self.seconds += time.monotonic() - self._clock
+        self.steps += step - self._from
+        pace = self.steps / self.seconds if self.seconds else 0.0
+        self.sums, self._begun = {}, step
+        self.rest(step)
+        return {**numbers, "layers": layers, "samples_per_second": pace * batch, "memory_mib": self.ranks.memory()}
+
+    def eta(self, steps: int) -> float:
+        return steps * self.seconds / self.steps if self.steps else 0.0

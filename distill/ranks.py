@@ -1,0 +1,167 @@
+"""The processes of a run, by accelerate: who is who, what they sum, and how the model is shared.
+
+Started by torchrun or `accelerate launch`, else one process. "ddp": every process holds the model, gradients are averaged.
+"fsdp": torch's `fully_shard` (FSDP2) cuts the weights of every block over the processes; we call it ourselves, because
+accelerate leaves its FSDP plug-in out on a CPU without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import DistillConfig
+
+__all__ = ["Ranks"]
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # ours -> accelerate's
+
+
+class Ranks:
+    """This process among those of the run. Every method that speaks of all processes is called by all of them."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, config: DistillConfig) -> Iterator[Ranks]:
+        """Join the processes there are, for the length of a with block."""
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        if config.precision == "float16" and not torch.cuda.is_available():
+            raise ValueError("precision float16 trains on CUDA only, and there is none; use bfloat16 or float32")
+        there = dist.is_initialized()
+        alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        if config.parallel == "fsdp" and alone:
+            raise ValueError(
+                "parallel='fsdp' shares one model between processes, and this is one: start it with torchrun "
+                "--nproc-per-node N -m reattend.ui.cli distill run ..., or use parallel='ddp'"
+            )
+        AcceleratorState._reset_state()  # it keeps the precision of the last run in this process
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+            mixed_precision=PRECISIONS[config.precision],
+            log_with=list(config.trackers) or None,
+            project_dir=config.out,
+            step_scheduler_with_optimizer=False,
+        )
+        try:
+            yield cls(accelerator)
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()  # not end_training, which also takes away a process group that was there before
+            AcceleratorState._reset_state(reset_partial_state=True)
+            if dist.is_initialized() and not there:
+                gc.collect()  # sharded modules that outlive their group keep the interpreter from ending
+                dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def accumulation(self, config: DistillConfig) -> int:
+        """Micro batches of each process per step. Raises ValueError if the batch cannot be cut so."""
+        together = config.micro_batch * self.size
+        if config.batch % together:
+            raise ValueError(
+                f"a batch of {config.batch} cannot be cut into micro batches of {config.micro_batch} on {self.size} "
+                f"processes; choose a batch that is a multiple of {together}, or a smaller micro_batch"
+            )
+        return config.batch // together
+
+    def places(self, config: DistillConfig) -> list[list[int]]:
+        """For each of this process's micro batches the places of its samples in the batch."""
+        micro = config.micro_batch
+        starts = [(number * self.size + self.rank) * micro for number in range(self.accumulation(config))]
+        return [list(range(start, start + micro)) for start in starts]
+
+    def wrapped(self, model: nn.Module, config: DistillConfig) -> nn.Module:
+        """The model as the student's forward calls it; with "fsdp" it is sharded in place."""
+        if self.size == 1:
+            return model
+        if config.parallel == "ddp":
+            for name, parameter in model.named_parameters():  # else DDP would leave the student's out
+                parameter.requires_grad_(".reattend_" in name and ".base." not in name)
+            here = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(model, device_ids=here, broadcast_buffers=False)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(self.device.type, (self.size,))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".reattend_" in name and ".base." not in name)
+        for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+            for block in blocks:
+                if any(hasattr(part, "processor") for part in block.modules()):
+                    fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    @contextlib.contextmanager
+    def syncing(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients of the block are averaged over the processes in its backward if it is the last of a step."""
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+            with wrapped.no_sync():
+                yield
+            return
+        if hasattr(wrapped, "set_requires_gradient_sync"):
+            wrapped.set_requires_gradient_sync(last)
+        yield
+
+    def clip(self, optimizer: Any, parameters: list[nn.Parameter], most: float) -> float:
+        """Scale the gradients down to a norm of at most `most`; returns the norm before."""
+        self.accelerator.unscale_gradients(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is True on any process."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def track(self, config: DistillConfig) -> None:
+        """Begin reporting to the trackers of the configuration."""
+        if config.trackers:
+            import json
+
+            plain = {
+                key: value
+                for key, value in json.loads(config.to_json()).items()
+                if isinstance(value, (int, float, str))
+            }
+            self.accelerator.init_trackers("reattend-distill", config=plain)
+
+    def memory(self) -> float:
+        """MiB at the peak: of the device's allocator on CUDA, of the process elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,67 @@
+"""Pictures in between: the student beside the teacher, same prompt and noise, from the pipeline that is being trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pipelines.files import written_whole
+from ..pipelines.image import without_progress_bar
+
+if TYPE_CHECKING:
+    from .config import DistillConfig
+    from .roles import TwoRoles
+    from .shards import Samples
+
+__all__ = ["picture", "validate"]
+
+
+def validate(
+    pipe: Any, roles: TwoRoles, samples: Samples, config: DistillConfig, step: int, *, writes: bool = True
+) -> float:
+    """Write `pictures/step-NNNNNNNN.png`, a row for each prompt with teacher and student.
+
+    Returns:
+        mean squared error of the student's final latents to the teacher's.
+    """
+    size = next(iter(samples.groups()))
+    rows, errors = [], []
+    for number, prompt in enumerate(config.validation_prompts):
+        settings = (pipe, prompt, size, config.validation_steps, config.seed + number, samples.about.get("text_length"))
+        teacher, theirs = picture(*settings)
+        with roles.student():
+            student, ours = picture(*settings)
+        rows.append(np.concatenate([teacher, student], axis=1))
+        errors.append(float((ours.float() - theirs.float()).square().mean()))
+    if writes:
+        path = config.out / "pictures" / f"step-{step:08d}.png"
+        with written_whole(path) as (aside,):
+            Image.fromarray(np.concatenate(rows, axis=0)).save(aside, format="PNG")
+        note: Path = path.with_suffix(".json")
+        note.write_text(json.dumps({"step": step, "prompts": config.validation_prompts, "latent_error": errors}) + "\n")
+    return sum(errors) / len(errors)
+
+
+@torch.no_grad()
+def picture(
+    pipe: Any, prompt: str, size: tuple[int, int], steps: int, seed: int, text_length: int | None = None
+) -> tuple[np.ndarray, torch.Tensor]:
+    """One stock call: the picture, uint8 (H, W, 3), and the latents it was decoded from."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        kept["latents"] = tensors["latents"]
+        return tensors
+
+    more = {} if text_length is None else {"max_sequence_length": text_length}
+    with without_progress_bar(pipe):
+        made = pipe(
+            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, output_type="np",
+            generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, **more,
+        ).images[0]  # fmt: skip
+    return (np.nan_to_num(made) * 255).round().clip(0, 255).astype(np.uint8), kept["latents"]

@@ -1,0 +1,88 @@
+"""Memory at full size on the meta device, against numbers that can be counted by hand and against a real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from reattend.distill import DistillConfig
+from reattend.distill.plan import memory_plan
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "distill").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return memory_plan(DistillConfig.read(EXAMPLES[0]))
+
+
+def test_flux_is_counted_as_it_is(flux):
+    assert EXAMPLES[0].name == "flux-1-dev.toml"
+    assert flux.parameters == 11_901_408_320  # of the published FLUX.1-dev
+    double, single = 19 * 4 * (3072**2 + 3072), 38 * 3 * (3072**2 + 3072)
+    assert flux.trained == double + single
+    assert flux.frozen_bytes == 2 * flux.parameters
+    assert flux.state_bytes == 2 * flux.parameters + 16 * flux.trained
+
+
+def test_one_model_in_two_roles_takes_at_most_seven_tenths_of_two_models(flux):
+    assert flux.ratio <= 0.7
+    assert flux.two_models_bytes == flux.state_bytes + 2 * flux.parameters
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_recipes_fit_a_device_of_80_gb(example):
+    assert memory_plan(DistillConfig.read(example)).total_bytes < 75e9
+
+
+def test_checkpointing_low_rank_and_sharing_take_less(flux):
+    config = DistillConfig.read(EXAMPLES[0], micro_batch=2)
+    assert 1.9 < memory_plan(config).activation_bytes / flux.activation_bytes < 2.1
+    assert (
+        memory_plan(DistillConfig.read(EXAMPLES[0], checkpointing=False)).activation_bytes > 5 * flux.activation_bytes
+    )
+    low = memory_plan(DistillConfig.read(EXAMPLES[0], rank=64))
+    assert low.trained < 0.05 * flux.trained and low.frozen_bytes == flux.frozen_bytes
+    shared = memory_plan(DistillConfig.read(EXAMPLES[0], parallel="fsdp"), processes=8)
+    assert abs(shared.state_bytes * 8 - flux.state_bytes) < 100
+
+
+def test_activations_are_what_a_real_forward_keeps(tmp_path):
+    """Against the same forward with numbers, on the CPU, where stock attention saves what the fused kernel asks for."""
+    pipe = tiny.fresh(tiny.flux_pipeline())
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    config = DistillConfig(
+        model=str(tmp_path), data="d", micro_batch=1, attention_weight=0.0, attention={"name": "clear", "radius": 2}
+    )
+    planned = memory_plan(config, size=(128, 128), text_length=7)
+    model = pipe.transformer.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            any(part in name for part in (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.0."))
+        )
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            seen[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(
+            hidden_states=torch.randn(1, 64, 16), encoder_hidden_states=torch.randn(1, 7, tiny.TEXT_WIDTH),
+            pooled_projections=torch.randn(1, tiny.TEXT_WIDTH), timestep=torch.tensor([0.5]), img_ids=tiny.image_ids(8, 8),
+            txt_ids=torch.zeros(7, 3),
+        )  # fmt: skip
+    real = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    assert abs(planned.activation_bytes - real) < 0.1 * real
+
+
+def test_models_that_are_not_known_are_told(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"the architecture of 'someone/else' is not here.*black-forest-labs/FLUX.1-dev"
+    ):
+        memory_plan(DistillConfig(model="someone/else", data="d"))

@@ -1,0 +1,69 @@
+"""Several processes compute what one does, whole models (DDP) and shared ones (FSDP2), over gloo on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from reattend.distill import distill, load_linear
+from reattend.distill.checkpoint import checkpoints
+
+pytestmark = pytest.mark.slow
+ROUNDING = 1e-5  # sums of a batch in another order, fp32, through 6 steps of AdamW with eps 1e-8
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(scope="module")
+def runs(flux_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder with ddp and fsdp: 2 processes, stopped once; single: one process with the same batch)."""
+    from reattend.distill import DistillConfig
+
+    folder = tmp_path_factory.mktemp("runs")
+    settings = DistillConfig(
+        model="tiny-random-flux", data=flux_samples, out=folder / "single", steps=6, batch=4, micro_batch=1, lr=1e-3,
+        attention={"name": "clear", "radius": 2, "pool": 2}, log_every=2, ema=0.9, checkpointing=True,
+    )  # fmt: skip
+    settings.write(folder / "config.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=280, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    pipe = tiny.fresh(tiny.flux_pipeline())
+    distill(settings, pipe=pipe)
+    return folder
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run / "checkpoints")[0] / "state.safetensors")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_same_batch(runs, parallel):
+    got, want = state(runs / parallel), state(runs / "single")
+    assert set(got) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, atol=ROUNDING, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    moved = [name for name in want if name.startswith("trained.")]
+    stock = tiny.flux_pipeline().transformer
+    assert any(
+        (want[name] - dict(stock.named_parameters()).get(name[8:], want[name])).abs().max() > 1e-3 for name in moved
+    )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_two_processes_saved_loads_on_one(runs, parallel, flux):
+    load_linear(flux, runs / parallel / "student")
+    got = tiny.run(flux)
+    load_linear(flux, runs / "single" / "student")
+    torch.testing.assert_close(got, tiny.run(flux), atol=10 * ROUNDING, rtol=0)
+    torch.testing.assert_close(
+        flux.transformer.transformer_blocks[0].attn.to_q.weight.isfinite().all(), torch.tensor(True)
+    )

@@ -1,0 +1,335 @@
+"""The trainer: exact resuming, a teacher that stays as it was, gradients that do not depend on how they are computed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reattend.attn_processors import ATTN_PROCESSORS
+from reattend.attn_processors.families import family_of
+from reattend.distill import distill, load_linear
+from reattend.distill import trainer as trainer_module
+from reattend.distill.batches import learning_rate
+from reattend.distill.checkpoint import checkpoints
+from reattend.distill.shards import Samples
+from reattend.distill.trainer import Run
+from reattend.pipelines import CancelToken
+
+ROUNDING = 1e-6  # the same sums in another order, fp32
+
+
+def stop_after(step: int) -> tuple[CancelToken, Any]:
+    token = CancelToken()
+    return token, lambda event: token.request() if event.step >= step else None
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run / "checkpoints")[0] / "state.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert list(a) == list(b)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def in_one_process(config: Any, pipe: Any) -> Any:
+    """A run outside of `distill`, to ask for its parts."""
+    from reattend.distill.ranks import Ranks
+
+    return Ranks.joined(config), lambda ranks: Run(config, pipe, Samples(config.data), ranks)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch": 2, "workers": 2, "ema": 0.9, "checkpointing": True},
+        {"rank": 2, "attention": {"name": "clear", "radius": 2, "pool": 2}, "schedule": "cosine", "radius_steps": 8},
+    ],
+    ids=["copies, accumulation, workers, averages", "low rank, pooled, curriculum"],
+)
+def test_ten_steps_are_five_and_five_more_bit_for_bit(flux, config, tmp_path, changes):
+    # 12 samples in batches of 4 are 3 steps an epoch, so step 5 is in the middle of one
+    whole = config(log_every=1, **changes, out=tmp_path / "whole")
+    parts = replace(whole, out=tmp_path / "parts")
+    assert distill(whole, pipe=flux).finished
+    token, on_step = stop_after(5)
+    ended = distill(parts, pipe=flux, on_step=on_step, cancel=token)
+    assert (ended.step, ended.finished) == (5, False)
+    ended = distill(parts, pipe=flux)
+    assert (ended.step, ended.finished) == (10, True)
+    assert_same(state(whole.out), state(parts.out))
+    assert_same(*(load_file(c.out / "student" / "student.safetensors") for c in (whole, parts)))
+    losses = [[(line["step"], line["loss"]) for line in lines(c.out)] for c in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+def test_the_teacher_is_untouched_and_the_student_loads_in_one_call(flux, config, tmp_path):
+    stock = tiny.run(flux)
+    before = {name: value.clone() for name, value in flux.transformer.state_dict().items()}
+    required = [parameter.requires_grad for parameter in flux.transformer.parameters()]
+    ended = distill(config(steps=3, checkpointing=True), pipe=flux)
+    after = flux.transformer.state_dict()
+    assert_same(before, dict(after))
+    assert [parameter.requires_grad for parameter in flux.transformer.parameters()] == required
+    assert not flux.transformer.is_gradient_checkpointing
+    assert torch.equal(tiny.run(flux), stock)
+    handle = load_linear(flux, ended.student)
+    assert not torch.equal(tiny.run(flux), stock)
+    handle.remove()
+    assert torch.equal(tiny.run(flux), stock)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank):
+    settings = config(steps=3, ema=0, rank=rank, lr=1e-2)
+    distill(settings, pipe=flux)
+    joined, make = in_one_process(settings, flux)
+    with joined as ranks:
+        run = make(ranks)
+        with run.roles.student():
+            want = tiny.run(flux)
+        run.close()
+    load_linear(flux, settings.out / "student")
+    torch.testing.assert_close(tiny.run(flux), want, atol=20 * ROUNDING, rtol=0)  # low rank: the product is added first
+
+
+@pytest.mark.parametrize(("name", "steps", "fall"), [("flux", 30, 0.6), ("sd3", 12, 0.8), ("sd", 6, 0.85)])
+def test_losses_fall_on_every_kind_of_model(name, steps, fall, config, request, tmp_path):
+    from reattend.distill import make_dataset
+
+    pipe = request.getfixturevalue(name)
+    length = {} if name == "sd" else {"text_length": 16}
+    data = make_dataset(pipe, tmp_path / "data", prompts=["a cat"], samples=4, steps=2, sizes=[(32, 32)], **length)
+    settings = config(data=data, steps=steps, batch=4, micro_batch=4, lr=3e-3, flow_weight=0.0, log_every=2)
+    distill(settings, pipe=pipe)
+    logged = lines(settings.out)
+    assert logged[-1]["loss"] < fall * logged[0]["loss"]
+    assert all(line["attention"] > 0 and line["output"] > 0 for line in logged)
+
+
+def test_gradients_are_the_same_with_checkpointing_accumulation_and_not(flux, config):
+    def gradients(**changes: Any) -> dict[str, torch.Tensor]:
+        settings = config(steps=1, lr=0.0, ema=0, clip=1e9, match="all", **changes)
+        joined, make = in_one_process(settings, flux)
+        with joined as ranks:
+            run = make(ranks)
+            kept = {}
+            run.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.trained.items()})
+            for size, micros in run.read():
+                run.learn(size, micros, 0.0, trainer_module.Meter(0, ranks))
+            run.close()
+        return kept
+
+    plain, recomputed, pieces = (
+        gradients(micro_batch=4),
+        gradients(micro_batch=4, checkpointing=True),
+        gradients(micro_batch=1),
+    )
+    assert all(value.abs().max() > 0 for value in plain.values())
+    assert_same(plain, recomputed)
+    for name in plain:
+        torch.testing.assert_close(
+            pieces[name], plain[name], atol=ROUNDING, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_taps_are_the_attention_outputs_of_both_roles(flux, config):
+    from reattend.attn_processors import ClearAttnProcessor
+    from reattend.distill.roles import TwoRoles
+
+    roles = TwoRoles(flux, ClearAttnProcessor(radius=1000.0))
+    roles.tap(roles.layers)
+    ids = tiny.image_ids(4, 6)
+    with roles.recording() as theirs:
+        tiny.denoise_flux(flux.transformer, ids)
+    with roles.student(), roles.recording() as ours:
+        tiny.denoise_flux(flux.transformer, ids)
+    tiny.denoise_flux(flux.transformer, ids)  # nothing is recorded outside
+    assert {layer: sorted(kept) for layer, kept in theirs.items()} == {
+        "transformer_blocks.0.attn": ["image", "text"],
+        "single_transformer_blocks.0.attn": ["joined"],
+    }
+    for layer, kept in theirs.items():
+        for stream, value in kept.items():  # a radius over everything is the teacher itself
+            torch.testing.assert_close(ours[layer][stream], value, atol=1e-5, rtol=0)
+
+
+def test_a_save_that_was_killed_leaves_the_checkpoint_before(flux, config, monkeypatch):
+    settings = config(steps=6, save_every=2)
+    distill(replace(settings, steps=4), pipe=flux)
+    kept = state(settings.out)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt  # no handler of ours sees it: like the end of the process in the middle of a save
+
+    monkeypatch.setattr(trainer_module, "save_linear", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(settings, pipe=flux)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(settings.out / "checkpoints")] == ["step-00000004", "step-00000002"]
+    assert any((settings.out / "checkpoints").glob(".step-00000006.part/state.safetensors"))
+    assert_same(state(settings.out), kept)
+    assert distill(settings, pipe=flux).finished
+    whole = replace(settings, out=settings.out.with_name("whole"))
+    distill(whole, pipe=flux)
+    assert_same(state(settings.out), state(whole.out))
+
+
+def test_a_damaged_checkpoint_is_left_out(flux, config):
+    settings = config(steps=4, save_every=2)
+    distill(settings, pipe=flux)
+    (settings.out / "checkpoints" / "step-00000004" / "state.safetensors").write_bytes(b"broken")
+    assert distill(replace(settings, steps=6), pipe=flux).step == 6
+    shutil.rmtree(settings.out / "checkpoints" / "step-00000006")
+    for path in checkpoints(settings.out / "checkpoints"):
+        (path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"none of the \d checkpoints .* can be read; delete them"):
+        distill(settings, pipe=flux)
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(flux, config):
+    settings = config(log_every=1)
+
+    def kill(event: Any) -> None:
+        if event.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    ended = distill(settings, pipe=flux, on_step=kill)
+    assert (ended.step, ended.finished) == (3, False)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in checkpoints(settings.out / "checkpoints")] == ["step-00000003"]
+
+
+def test_steps_whose_loss_is_no_number_change_nothing_and_many_of_them_end_the_run(flux, config, monkeypatch):
+    settings = config(steps=4, ema=0.5, log_every=1)
+    whole = trainer_module.student_losses
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        losses = whole(*args, **kwargs)
+        return replace(losses, total=losses.total * float("nan"))
+
+    distill(replace(settings, steps=1), pipe=flux)
+    monkeypatch.setattr(trainer_module, "student_losses", broken)
+    distill(replace(settings, steps=2), pipe=flux)
+    one, two = (load_file(path / "state.safetensors") for path in reversed(checkpoints(settings.out / "checkpoints")))
+    assert_same(one, two)
+    with pytest.raises(RuntimeError, match="no numbers 3 steps in a row"):
+        distill(replace(settings, bad_steps=3, out=settings.out.with_name("bad")), pipe=flux)
+
+
+def test_a_run_is_not_continued_with_other_options_or_samples(flux, config, tmp_path):
+    settings = config(steps=2)
+    distill(settings, pipe=flux)
+    with pytest.raises(ValueError, match=r"holds a run with lr=0.001, asked is 0.1; go on with the same options"):
+        distill(replace(settings, lr=0.1), pipe=flux)
+    from reattend.distill import make_dataset
+
+    other = make_dataset(flux, tmp_path / "other", prompts=["x"], samples=4, steps=1, sizes=[(32, 32)], text_length=16)
+    with pytest.raises(ValueError, match="began on other samples"):
+        distill(replace(settings, data=other), pipe=flux)
+
+
+def test_prompts_in_place_of_samples_are_sampled_first_and_pictures_are_compared(flux, config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na cat\n\na dog\n")
+    settings = config(
+        data=tmp_path / "prompts.txt", steps=2, batch=2, micro_batch=2, validate_every=2, validation_prompts=("a cat", "a hat"),
+        validation_steps=2, trackers=("tensorboard",),
+    )  # fmt: skip
+    distill(settings, pipe=flux)
+    assert len(Samples(settings.out / "data")) == 2
+    with Image.open(settings.out / "pictures" / "step-00000002.png") as picture:
+        assert picture.size == (2 * 32, 2 * 32)  # a row for each prompt: teacher, student
+    assert "validation_latent_error" in lines(settings.out)[-1]
+    assert list(settings.out.rglob("events.out.tfevents*"))
+
+
+def test_bad_input_is_one_sentence(flux, config):
+    with pytest.raises(ValueError, match=r"a batch of 4 cannot be cut into micro batches of 3 on 1 processes"):
+        distill(config(micro_batch=3), pipe=flux)
+    with pytest.raises(ValueError, match=r"there are 4 samples of 48 x 32 pixels, fewer than a batch of 8"):
+        distill(config(batch=8), pipe=flux)
+    with pytest.raises(ValueError, match="the pipeline is in float32, the run computes in bfloat16"):
+        distill(config(precision="bfloat16"), pipe=flux)
+    with pytest.raises(ValueError, match="start it with torchrun"):
+        distill(config(parallel="fsdp"), pipe=flux)
+    assert torch.equal(tiny.run(flux), tiny.run(tiny.fresh(tiny.flux_pipeline())))
+
+
+def test_half_precision_trains_fp32_masters(config):
+    pipe = copy.deepcopy(tiny.flux_pipeline()).to(torch.bfloat16)  # not `flux`, which shares its VAE
+    settings = config(precision="bfloat16", steps=2)
+    distill(settings, pipe=pipe)
+    kept = state(settings.out)
+    assert {value.dtype for value in kept.values()} == {torch.float32}
+    assert {value.dtype for value in load_file(settings.out / "student" / "student.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_the_learning_rate_rises_and_falls(config):
+    rate = lambda step, **changes: learning_rate(config(lr=1.0, **changes), step)  # noqa: E731
+    assert rate(7) == 1.0
+    assert [rate(step, warmup=4, schedule="linear", steps=8) for step in range(8)] == [
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+        0.75,
+        0.5,
+        0.25,
+    ]
+    assert math.isclose(rate(6, warmup=4, schedule="cosine", steps=8), 0.5)
+
+
+def test_a_state_of_another_shape_is_refused(flux, config):
+    settings = config(steps=1)
+    distill(settings, pipe=flux)
+    file = checkpoints(settings.out / "checkpoints")[0] / "state.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("trained."))
+    save_file(tensors | {name: tensors[name][:1].clone()}, file)
+    with pytest.raises(ValueError, match=r"does not fit this run: 'trained\..*' is missing or has another shape"):
+        distill(replace(settings, steps=2), pipe=flux)
+
+
+@pytest.mark.parametrize("name", ["neighborhood", "linear", "inline", "flow", "agent-joint"])
+def test_every_linear_form_trains_and_its_student_loads(name, flux, config):
+    settings = {"radius": 2} if name == "neighborhood" else {}
+    asked = config(
+        steps=12, ema=0, flow_weight=0.0, lr=3e-3, attention={"name": name, **settings}, batch=4, micro_batch=4
+    )
+    ended = distill(asked, pipe=flux)
+    logged = lines(asked.out)
+    assert logged[-1]["loss"] < 0.95 * logged[0]["loss"]
+    method = ATTN_PROCESSORS[name](**settings)
+    kept = load_file(ended.student / "student.safetensors")
+    for info, _ in family_of(flux.transformer).layers(flux.transformer):
+        for key, first in method.new_parameters(info).items():
+            assert not torch.equal(kept[f"{info.name}.reattend_{key}"], first), key  # each is trained
+    joined, make = in_one_process(asked, flux)
+    with joined as ranks:
+        run = make(ranks)
+        with run.roles.student():
+            want = tiny.run(flux)
+        run.close()
+    load_linear(flux, ended.student)
+    assert torch.equal(tiny.run(flux), want)
