@@ -26,13 +26,19 @@ if TYPE_CHECKING:
     from .context import Context
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, install, installed
+    from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall, LayoutError
     from .method import AttnMethod, LayerInfo
     from .report import Report
+    from .subjects import Place
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
-_METHODS = {"agent": "AgentAttnProcessor", "clear": "ClearAttnProcessor"}  # short name -> class
+_METHODS = {  # short name -> class
+    "agent": "AgentAttnProcessor",
+    "clear": "ClearAttnProcessor",
+    "isolation-reposition": "IsolationRepositionAttnProcessor",
+}
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
     "AttnMethod": "method",
@@ -41,9 +47,11 @@ _FILES = {  # public name -> file
     "Context": "context",
     "Displaced": "installer",
     "Handle": "installer",
+    "IsolationRepositionAttnProcessor": "isolation_reposition",
     "LayerCall": "layer",
     "LayerInfo": "method",
     "LayoutError": "layer",
+    "Place": "subjects",
     "Report": "report",
     "UnsupportedModel": "families",
     "install": "installer",
@@ -60,9 +68,11 @@ __all__ = [
     "Context",
     "Displaced",
     "Handle",
+    "IsolationRepositionAttnProcessor",
     "LayerCall",
     "LayerInfo",
     "LayoutError",
+    "Place",
     "Report",
     "UnsupportedModel",
     "install",
