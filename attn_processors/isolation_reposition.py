@@ -31,6 +31,7 @@ from .ops.groups import Extra, grouped_attention
 from .ops.regions import MOST_SUBJECTS
 from .ops.reposition import sample
 from .subjects import Bank, Cast, Place, Reader
+from .text_mix import mixed
 
 if TYPE_CHECKING:
     from .context import Context
@@ -67,7 +68,9 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     fit: Literal["auto", "stretch", "uniform"] = "auto"  # uniform keeps proportions; auto: uniform for coords
     mass: float | None = None  # 1 weighs a reference by the size of the subject; None: as resampling would
     overlap: Literal["smallest", "first", "largest", "shared"] = "smallest"  # whose a token is that several claim
-    branches: Literal["both", "cond"] = "both"  # guidance branches that see references
+    # guidance branches that see references; "cond": the one with the prompt alone, so that guidance strengthens them
+    branches: Literal["both", "cond"] = "both"
+    text_mix: float = 0.0  # share, 0 to 1, of a reference's own prompt in what its subject reads; UNets only
     warmup: float = 0.2  # share of the steps before masks are read from attention maps
     strict: bool = False  # True: a subject that is nowhere is an error, not a warning
     seed: int = 0  # of the tokens drawn for a strength below 1; the picture's own chance is not touched
@@ -87,6 +90,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
                     f"{name} is a window of the steps with 0 <= from < to <= 1, got {window}; (0, 0.6) is the first "
                     "60 %, None is never."
                 )
+        if not 0 <= self.text_mix <= 1:
+            raise ValueError(f"text_mix is a share from 0 to 1, got {self.text_mix}; 0 leaves the text to the panel.")
         if not 0 < self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps between 0 and 1, got {self.warmup}; 0.2 is usual.")
         try:
@@ -163,7 +168,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         cast = self.cast(context)
         if not cast.layers:
             names = [swap.info.name for item in context.installations if item.method is self for swap in item.swaps]
-            cast.layers = {name: i for i, name in enumerate(n for n in names if self._reads(n))}
+            cast.layers = {name: i for i, name in enumerate(n for n in names if self.reads(n))}
             cast.check(context)
         if self.source != "rows" and cast.bank is None:
             raise RuntimeError(f"source={self.source!r} needs a bank; reattend.pipelines.story makes it.")
@@ -188,8 +193,15 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         return held
 
     def hooks(self, context: Context) -> list[Any]:
-        """Listens to the text cross-attention of models that have it, if masks are to be read from there."""
-        return context.family.listen(context, Ear(self, context)) if self._automatic else []
+        """In the text cross-attention of models that have it, where masks are read and subjects read their prompts."""
+        if self.neutral or not (self._automatic or self.text_mix):
+            return []
+        hooks = context.family.listen(context, Ear(self, context))
+        if self.text_mix and not hooks:
+            raise ValueError(
+                f"text_mix needs layers of text cross-attention, which {type(context.model).__name__} has not; leave it 0."
+            )
+        return hooks
 
     def outlook(self, context: Context, layers: Sequence[LayerInfo]) -> str:
         """Who was not found, and what the bank holds."""
@@ -217,7 +229,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         maps = self.maps(call.context)
         if maps is not None:
             maps.see(call, cast)
-        refer = bool(phase & REFER) and self._reads(call.name)
+        refer = bool(phase & REFER) and self.reads(call.name)
         if self.source == "record":
             if refer:
                 self._record(call, cast)
@@ -284,7 +296,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
                 (row,) = cast.rows("reference", number, call.context, [branch])
                 bank.put(cast.key(call, branch, number), call.picture[row, index].clone(), source)
 
-    def _reads(self, layer: str) -> bool:
+    def reads(self, layer: str) -> bool:
         return re.search(self.reference_layers, layer) is not None
 
     def mode_of(self, call: LayerCall) -> str:
@@ -307,15 +319,18 @@ class IsolationRepositionAttnProcessor(AttnMethod):
 
 @dataclass(frozen=True, eq=False)
 class Ear:
-    """What is called with the tokens of every text cross-attention. An object, so that a copy of the model has its own."""
+    """What is called after every text cross-attention. An object, so that a copy of the model has its own."""
 
     method: IsolationRepositionAttnProcessor
     context: Context
 
-    def __call__(self, attn: Any, x: Tensor, text: Tensor) -> None:
-        maps = self.method.maps(self.context)
+    def __call__(self, attn: Any, x: Tensor, text: Tensor, out: Tensor) -> Tensor:
+        cast, maps = self.method.cast(self.context), self.method.maps(self.context)
         if maps is not None:
             maps.hear(self.context, attn, x, text)
+        if not cast.phase & REFER:
+            return out
+        return mixed(self.method, cast, self.context, attn, x, text, out)
 
 
 def _in(window: Window | None, progress: float) -> bool:

@@ -113,6 +113,7 @@ class Bank:
     held: int = 0
     missing: int = 0
     entries: dict[tuple, tuple[Tensor, Source]] = field(default_factory=dict)
+    texts: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by branch (from the last) and reference
 
     def keeps(self, layer: int, step: int) -> bool:
         """Whether tokens of this layer and step are for the bank."""
@@ -152,7 +153,7 @@ class Cast:
         self.bank: Bank | None = None
         self.found: dict[tuple[str, int, str], Tensor] = {}  # ("panel" or "reference", row, subject) -> bool (h, w)
         self.absent: dict[str, str] = {}  # what was not found -> why
-        self.branches, self.step, self.call = 1, 0, 0
+        self.branches, self.step, self.call, self.phase = 1, 0, 0, 0
         self.layers: dict[str, int] = {}  # order of the layers that may read references
         self._moment: float | None = None
         self._cache: dict[tuple, Any] = {}
@@ -169,6 +170,7 @@ class Cast:
             self.found.clear()
             self.changed()
         self._moment = progress
+        self.phase = self.method.phase(progress)
 
     def changed(self) -> None:
         """Masks are others now."""

@@ -12,12 +12,14 @@ if __name__ != "reattend.pipelines":
 from .events import Cancelled, CancelToken, StepEvent
 from .load import ModelUnavailable, bundled, load
 from .recipe import Recipe
+from .script import Panel, Script, Subject
 from .stages import Upscale
 
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
     from .image import Picture, generate, preview
     from .splitting import patches
+    from .stories import Story, story
     from .upscaling import upscale
 
 _HOME = {
@@ -26,12 +28,14 @@ _HOME = {
     "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
+    "Story": ".stories",
+    "story": ".stories",
     "upscale": ".upscaling",
 }
 
 __all__ = [
-    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale",
-    "bundled", "generate", "load", "patches", "pluggable", "preview", "upscale",
+    "CancelToken", "Cancelled", "ModelUnavailable", "Panel", "Picture", "Recipe", "Script", "StepEvent",
+    "Story", "Subject", "Upscale", "bundled", "generate", "load", "patches", "pluggable", "preview", "story", "upscale",
 ]  # fmt: skip
 
 

@@ -60,10 +60,11 @@ class Family:
         """
         raise NotImplementedError
 
-    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor], None]) -> list[Any]:
-        """Call `ear(layer, image tokens (B, N, C), text (B, T, C'))` before every text cross-attention of the model.
+    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> list[Any]:
+        """Call `ear(layer, image tokens (B, N, C), text (B, T, C'), output)` after every text cross-attention.
 
-        Returns handles with `remove`; none where text attends together with the picture.
+        What it returns takes the place of the output. Returns handles with `remove`; none where text attends together
+        with the picture.
         """
         return []
 

@@ -136,9 +136,9 @@ class UNetFamily(Family):
             for name, module, depth in found
         ]
 
-    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor], None]) -> list[Any]:
+    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> list[Any]:
         return [
-            module.register_forward_pre_hook(Tap(ear), with_kwargs=True)
+            module.register_forward_hook(Tap(ear), with_kwargs=True)
             for name, module in context.model.named_modules()
             if CROSS.fullmatch(name) and isinstance(module, Attention)
         ]
@@ -166,15 +166,16 @@ class UNetFamily(Family):
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """Pre-hook of a text cross-attention layer that passes on what the layer is called with."""
+    """Hook of a text cross-attention layer that passes on what the layer was called with and what it returned."""
 
-    ear: Callable[[Any, Tensor, Tensor], None]
+    ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
-    def __call__(self, attn: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, attn: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        if text is not None and x.ndim == 3:
-            self.ear(attn, x, text)
+        if not isinstance(text, Tensor) or x.ndim != 3:  # an IP-Adapter's text comes with pictures
+            return output
+        return self.ear(attn, x, text, output)
 
 
 def _depth(match: re.Match, levels: int) -> int:
