@@ -36,7 +36,8 @@ Grid = tuple[int, int]
 class Heard:
     """Sums of one row in one call: per grid of text maps P (N, K) and of self-attention A (N, N), with their counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, latents: Grid) -> None:
+        self.latents = latents  # the finest grid of the model
         self.text: dict[Grid, tuple[Tensor, int]] = {}
         self.own: dict[Grid, tuple[Tensor, int]] = {}
 
@@ -45,8 +46,13 @@ class Heard:
         what[grid] = (total + value, count + 1)
 
     def spread(self) -> tuple[Tensor, Grid] | None:
-        """Maps on the finest grid that has both, (N, K), each spread over what belongs together; None if nothing came."""
+        """Maps on the finest grid that has both, (N, K), each spread over what belongs together; None if nothing came.
+
+        The latents' own grid is left out where there are coarser ones: words act there too diffusely.
+        """
         both = [grid for grid in self.text if grid in self.own]
+        coarse = [grid for grid in both if grid != self.latents]
+        both = coarse or both
         if not both:
             return None
         finest = max(both, key=lambda grid: grid[0] * grid[1])
@@ -69,6 +75,7 @@ class Maps:
         self._sure: dict[tuple[str, int, str], float] = {}
         self._last: int | None = None  # step of the last masks
         self._progress = -1.0
+        self._latents: Grid = (0, 0)
 
     def begin(self, context: Context, cast: Cast) -> None:
         """Take in what the call before has told, make masks if it is time, and say which rows to listen to now."""
@@ -80,6 +87,7 @@ class Maps:
         elif progress > self._progress:
             self._take_in()
         self._heard, self._progress = {}, progress
+        self._latents = max(context.grids.values(), key=lambda grid: grid[0] * grid[1], default=(0, 0))
         due = self._last is None or cast.step - self._last >= EVERY
         if progress >= self.method.warmup - ROUNDING and progress <= FREEZE + ROUNDING and due and self._average:
             self._make(context, cast)
@@ -116,35 +124,41 @@ class Maps:
             q, k = call.q[number].float(), call.k[number].float()
             ask, answer = q[layout.grid], k[layout.grid]
             if layout.global_tokens:
-                words = self._words(row)
-                places = [layout.globals_of(torch.arange(layout.tokens)[None])[0][list(one)] for one in words]
-                if any(one and max(one) >= call.context.text for one in words):
-                    raise ValueError(f"words of {row[0]} {row[1] + 1} lie beyond the {call.context.text} text tokens.")
+                background = next((place.words for place in self._row(row) if not place.subject), ())
+                words = [*self._words(row), background]
+                if any(one and max(one) >= layout.global_tokens for one in words):
+                    raise ValueError(
+                        f"words of {row[0]} {row[1] + 1} lie beyond the {layout.global_tokens} text tokens."
+                    )
+                text = layout.globals_of(torch.arange(layout.tokens)[None])[0]
+                places = [text[list(one)] for one in words]
                 union = torch.cat(places).unique().to(k.device)
                 logits = torch.einsum("n h d, t h d -> h n t", ask, k[union]) * call.scale
                 local = [tuple(torch.searchsorted(union.cpu(), one).tolist()) for one in places]
-                self._text(row, layout.shape, _by_word(logits.softmax(-1).mean(0), local))
+                self._text(row, layout.shape, _by_word(logits.softmax(-1).mean(0), local[:-1]))
             pooled, grid = pool_tokens(ask.flatten(1), layout.shape, MOST_TOKENS)
             keys, _ = pool_tokens(answer.flatten(1), layout.shape, MOST_TOKENS)
             shape = (len(pooled), *ask.shape[1:])
             logits = torch.einsum("n h d, m h d -> h n m", pooled.view(shape), keys.view(shape)) * call.scale
-            heard = self._heard.setdefault(row, Heard())
+            heard = self._of(row)
             heard.add(heard.own, grid, logits.softmax(-1).mean(0))
 
     def _text(self, row: Row, grid: Grid, maps: Tensor) -> None:
         pooled, small = pool_tokens(maps, grid, MOST_TOKENS)
-        heard = self._heard.setdefault(row, Heard())
+        heard = self._of(row)
         heard.add(heard.text, small, pooled)
 
+    def _of(self, row: Row) -> Heard:
+        return self._heard.setdefault(row, Heard(self._latents))
+
+    def _row(self, row: Row) -> tuple[Place, ...]:
+        return self.method.panels[row[1]] if row[0] == "panel" else (self.method.references[row[1]],)
+
     def _places(self, row: Row) -> list[Place]:
-        places = self.method.panels[row[1]] if row[0] == "panel" else (self.method.references[row[1]],)
-        return [place for place in places if place.automatic and place.subject]
+        return [place for place in self._row(row) if place.automatic and place.subject]
 
     def _words(self, row: Row) -> list[tuple[int, ...]]:
-        """Words of the background first (else the first text token, which CLIP leaves to everything else)."""
-        panel = self.method.panels[row[1]] if row[0] == "panel" else ()
-        background = next((place.words for place in panel if not place.subject), (0,))
-        return [background, *(place.words for place in self._places(row))]
+        return [place.words for place in self._places(row)]
 
     def _take_in(self) -> None:
         for row, heard in self._heard.items():
@@ -169,7 +183,7 @@ class Maps:
                             context, *row, place.subject, "its words have no place of their own in the attention"
                         )
                     continue
-                values = scaled[:, 1 + i].cpu()
+                values = scaled[:, i].cpu()
                 sure = float(values[mask.flatten()].mean() - values[~mask.flatten()].mean()) if not mask.all() else 0.0
                 old = cast.found.get(key)
                 if old is None or _agreement(old, mask) >= AGREE or sure > self._sure.get(key, 0.0):

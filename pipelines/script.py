@@ -38,6 +38,7 @@ class Subject:
         place: where it is in its reference picture: a box [x0, y0, x1, y1], {"mask": ...}, or None: it is found by its
             phrase if the prompt has it, else it fills the picture.
         seed: of its reference picture; None: from the story's.
+        found: where a rehearsal found it, used in place of its phrase; a new prompt or seed forgets it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     picture: str | None = None
     place: Any = None
     seed: int | None = None
+    found: Any = None
 
     def __post_init__(self) -> None:
         check_text("name of a subject", self.name, 100)
@@ -70,11 +72,13 @@ class Panel:
         places: name of a subject -> where it is: a box, {"mask": ...}, or None to find it by its phrase. Left out: every
             subject whose phrase is in the caption, to be found.
         seed: None: from the story's.
+        found: name -> where a rehearsal found those without a place (None: nowhere); a new prompt or seed forgets it.
     """
 
     prompt: str
     places: dict[str, Any] | None = None
     seed: int | None = None
+    found: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_text("prompt of a panel", self.prompt, PROMPT_LENGTH)
@@ -157,7 +161,8 @@ class Script:
     def with_panel(self, number: int, **changes: Any) -> Script:
         """The story with one panel changed, counted from 0."""
         panels = list(self.panels)
-        panels[number] = replace(panels[number], **changes)
+        forget = {"found": None} if {"prompt", "seed"} & set(changes) else {}
+        panels[number] = replace(panels[number], **forget | changes)
         return replace(self, panels=tuple(panels))
 
     def to_json(self) -> str:
@@ -221,7 +226,7 @@ class Script:
             replace(
                 subject,
                 place=kept(subject.name, subject.place),
-                picture=None if subject.picture is None else str(folder / subject.picture),
+                picture=None if subject.picture is None else str((folder / subject.picture).resolve()),
             )
             for subject in self.subjects
         )

@@ -8,6 +8,7 @@ panel can be made again, or added, and all others keep their pixels.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..attn_processors import IsolationRepositionAttnProcessor, Place, install
 from ..attn_processors.context import Context
-from ..attn_processors.ops.regions import pack_mask
+from ..attn_processors.ops.regions import Box, pack_mask
 from ..attn_processors.subjects import Bank
 from .events import CancelToken, StepEvent
 from .files import written_whole
@@ -36,6 +37,7 @@ __all__ = ["USUAL", "Story", "story", "strip"]
 # What works best on the bundled models; a story's `consistency` changes single settings.
 USUAL = {"branches": "cond"}
 USUAL_UNET = {"text_mix": 0.6}
+Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
 GAP = 4  # pixels between the pictures of a strip
 
 
@@ -96,6 +98,7 @@ def story(
     *,
     pipe: Any = None,
     only: Sequence[int] | None = None,
+    find: Find | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> Story:
@@ -105,6 +108,9 @@ def story(
         script: what to make; what it leaves open is filled in and comes back in `Story.script`.
         pipe: a loaded text-to-image pipeline, used in place of `script.model`; it is left as it was found.
         only: the panels to make, counted from 0; None = all.
+        find: finds the subjects without a place in a rehearsal, which is a call of the stock model with the same seeds,
+            from (picture, phrases): a box, a packed mask or None for each. None: attention maps find them on the way, at
+            no further call and less surely.
         on_step: called in this thread after every denoising step; steps count over all calls, `clip` is the call.
         cancel: asked before the work, and after every step.
 
@@ -125,13 +131,14 @@ def story(
     if pipe is None:
         pipe = load(script.model, dtype=script.dtype)
     script = _filled_in(script, pipe)
-    job = _Job(script, pipe, on_step, cancel)
+    job = _Job(script, pipe, find, on_step, cancel)
     made = Story(script=script)
     groups = list(dict.fromkeys(script.group(number) for number in wanted))
-    job.calls = len(groups) * (1 if script.bank is None else 2)
+    job.calls = len(groups) * ((1 if script.bank is None else 2) + (find is not None))
     for group in groups:
         cancel.check()
         job.make(group, made)
+    made.script = job.script
     made.panels = {number: picture for number, picture in made.panels.items() if number in wanted}
     made.places = {number: places for number, places in made.places.items() if number in wanted}
     made.report = list(dict.fromkeys(made.report))
@@ -152,9 +159,14 @@ class _Job:
     """The calls of one story on one pipeline."""
 
     def __init__(
-        self, script: Script, pipe: Any, on_step: Callable[[StepEvent], None] | None, cancel: CancelToken
+        self,
+        script: Script,
+        pipe: Any,
+        find: Find | None,
+        on_step: Callable[[StepEvent], None] | None,
+        cancel: CancelToken,
     ) -> None:
-        self.script, self.pipe, self.on_step, self.cancel = script, pipe, on_step, cancel
+        self.script, self.pipe, self.find, self.on_step, self.cancel = script, pipe, find, on_step, cancel
         self.began = time.monotonic()
         self.calls, self.call = 1, 0
         unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
@@ -162,7 +174,9 @@ class _Job:
 
     def make(self, group: range, made: Story) -> None:
         """The panels of one call, into `made`."""
-        panels = [self._panel(number) for number in group]
+        if self.find is not None:
+            self._rehearse(group, made)
+        panels = [self._panel(number, made) for number in group]
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
         subjects = [self.script.subject(name) for name in names]
         if not self.script.strength or self.settings.get("refer", ()) is None:
@@ -194,13 +208,56 @@ class _Job:
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
 
-    def _panel(self, number: int) -> tuple[Place, ...]:
+    def _rehearse(self, group: range, made: Story) -> None:
+        """Find who has no place, in what the stock model makes of the same prompts and seeds."""
+        assert self.find is not None
+        script = self.script
+        missing = {
+            number: [name for name, where in (panel.places or {}).items() if where is None]
+            for number in group
+            if (panel := script.panels[number]).found is None
+        }
+        there = {name for number in group for name in script.panels[number].places or {}}
+        alone = [one for one in script.subjects if one.name in there and one.place is None and one.found is None]
+        alone = [one for one in alone if one.picture is None]
+        missing = {number: names for number, names in missing.items() if names}
+        if not missing and not alone:
+            self.call += 1
+            return
+        rows = [*alone, *(script.panels[number] for number in missing)]
+        with attention_of(script.recipe("-"), self.pipe):
+            pictures = self._run([row.prompt for row in rows], [row.seed for row in rows], [])
+        subjects, panels = list(script.subjects), list(script.panels)
+        for one, picture in zip(alone, pictures, strict=False):
+            (where,) = self._located(picture, [one.phrase])
+            subjects[subjects.index(one)] = replace(one, found=where)
+        for (number, names), picture in zip(missing.items(), pictures[len(alone) :], strict=True):
+            where = self._located(picture, [script.subject(name).phrase for name in names])
+            found = dict(zip(names, where, strict=True))
+            panels[number] = replace(panels[number], found=found)
+        self.script = replace(script, subjects=tuple(subjects), panels=tuple(panels))
+
+    def _located(self, picture: Image.Image, phrases: list[str]) -> list[Any]:
+        """What `find` says, as a script writes it."""
+        assert self.find is not None
+        where = list(self.find(picture, phrases))
+        if len(where) != len(phrases):
+            raise ValueError(
+                f"find was asked for {len(phrases)} subjects and told of {len(where)}; return one for each"
+            )
+        return [one if one is None else {"mask": one} if isinstance(one, str) else list(one) for one in where]
+
+    def _panel(self, number: int, made: Story) -> tuple[Place, ...]:
         panel = self.script.panels[number]
         assert panel.places is not None, "filled in"
         places = []
         for name, where in panel.places.items():
+            where = (panel.found or {}).get(name) if where is None else where
             if where is not None:
                 places.append(as_place(name, where))
+                continue
+            if panel.found is not None:
+                made.report.append(f"not found: {name!r} in panel {number + 1} (nowhere in the rehearsal)")
                 continue
             phrase = self.script.subject(name).phrase
             same = [
@@ -225,8 +282,9 @@ class _Job:
         return (Place(subject="", words=others),) if others else ()
 
     def _reference(self, subject: Subject) -> Place:
-        if subject.place is not None:
-            return as_place(subject.name, subject.place)
+        where = subject.found if subject.place is None else subject.place
+        if where is not None:
+            return as_place(subject.name, where)
         with contextlib.suppress(ValueError):  # not in its own prompt: then it fills its picture
             return Place(subject=subject.name, words=words_of(self.pipe, subject.prompt, subject.phrase))
         return Place(subject=subject.name)
@@ -383,8 +441,6 @@ def _filled_in(script: Script, pipe: Any) -> Script:
 
 def _present(script: Script, panel: Panel) -> dict[str, Any]:
     """The subjects whose phrase is in the caption, to be found by it."""
-    import re
-
     return {
         subject.name: None
         for subject in script.subjects

@@ -13,7 +13,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from ..pipelines.events import StepEvent
 
-__all__ = ["FILE", "NUMBER", "TEXT", "WHOLE", "Bar", "attention_entry", "default", "quiet_libraries"]
+__all__ = ["FILE", "NUMBER", "OUT", "TEXT", "WHOLE", "Bar", "attention_entry", "default", "quiet_libraries"]
+
+OUT = Path("out")
 
 
 def _optional(kind: Callable[[str], Any], words: str) -> PrimitiveConstructorSpec:

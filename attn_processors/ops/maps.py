@@ -3,10 +3,12 @@
 Text attention P (N, K) says how much each image token looks at each of K words; it is sparse. Image self-attention A
 (N, N), rows summing to 1, says which image tokens belong together, and spreads P over whole objects:
 
-    powers:  R = (1/p) sum_{k=1..p} A^k P
-    sharp:   R = A'^4 P'^2, with A' and P' scaled to [0, 1] before (AttenCraft, arXiv 2405.17965)
+    R = (1/p) sum_{k=1..p} A^k P
 
-Products go from right to left, so no power of A is ever made.
+Products go from right to left, so no power of A is ever made. Tried beside it: A^4 P^2 with both scaled to [0, 1] first
+(AttenCraft, arXiv 2405.17965), and a margin over all other maps in place of the threshold. On tiny-sd at 8 x 8 tokens (11
+sprites, intersection over union with what the reader saw) the powers reach 0.29 at a fifth of the steps and 0.26 at three
+fifths, the other 0.15, no spreading 0.13 and 0.17; a margin instead of the threshold about half of each.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["assign", "clean", "otsu", "pool_tokens", "resized", "spread_powers", "spread_sharp", "unit"]
+__all__ = ["assign", "clean", "otsu", "pool_tokens", "resized", "spread_powers", "unit"]
 
 BINS = 256
 SMALLEST = 0.01  # of all tokens: smaller pieces of a mask are dropped
 FEWEST = 4  # tokens
-FLAT = 0.05  # a map that varies by less than this share of its peak says nothing
+FLAT = 0.01  # a map that varies by less than this share of its peak says nothing
 FAINT = 0.2  # values of a scaled map below it are no subject
 
 
@@ -31,16 +33,6 @@ def spread_powers(a: Tensor, p: Tensor, powers: int = 4) -> Tensor:
         moved = a @ moved
         total = total + moved
     return total / powers
-
-
-def spread_sharp(a: Tensor, p: Tensor) -> Tensor:
-    """A^4 P^2 with both scaled to [0, 1] first: (N, N), (N, K) -> (N, K) in [0, 1]."""
-    low, high = a.amin(), a.amax()
-    a = (a - low) / (high - low).clamp(min=1e-12)
-    moved = unit(unit(p) ** 2)
-    for _ in range(4):
-        moved = unit(a @ moved)  # the scale between the products does not matter, overflow would
-    return moved
 
 
 def unit(p: Tensor) -> Tensor:
@@ -65,27 +57,18 @@ def otsu(values: Tensor) -> float:
     return float(centres[best].mean() + (high - low) / BINS / 2)
 
 
-def assign(maps: Tensor, margin: float | None = None) -> Tensor:
-    """Which subject each token is of.
+def assign(maps: Tensor) -> Tensor:
+    """Which subject each token is of: the one whose map is highest there, if it is above that map's Otsu threshold.
 
     Args:
-        maps: shape (N, 1 + S), the background's map first, all on one scale.
-        margin: how far a subject's map must be above all others; None: above its Otsu threshold, conflicts to the larger.
+        maps: shape (N, S), all on one scale.
 
     Returns:
         bool, shape (S, N), disjoint.
     """
-    best = maps.argmax(1)
-    if margin is None:
-        subjects = maps[:, 1:]
-        first = subjects.argmax(1)
-        thresholds = torch.tensor(
-            [max(FAINT, otsu(column)) for column in subjects.T], dtype=maps.dtype, device=maps.device
-        )
-        return torch.stack([(first == i) & (subjects[:, i] > thresholds[i]) for i in range(subjects.shape[1])])
-    rest = maps.topk(2, dim=1).values if maps.shape[1] > 1 else torch.cat([maps, maps - 1 - margin], 1)
-    sure = rest[:, 0] - rest[:, 1] > margin
-    return torch.stack([(best == i) & sure for i in range(1, maps.shape[1])])
+    first = maps.argmax(1)
+    thresholds = [max(FAINT, otsu(column)) for column in maps.T]
+    return torch.stack([(first == i) & (maps[:, i] > threshold) for i, threshold in enumerate(thresholds)])
 
 
 def clean(mask: Tensor) -> Tensor:
