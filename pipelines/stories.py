@@ -36,7 +36,7 @@ __all__ = ["USUAL", "Story", "story", "strip"]
 
 # What works best on the bundled models; a story's `consistency` changes single settings.
 USUAL = {"branches": "cond"}
-USUAL_UNET = {"text_mix": 0.6}
+USUAL_UNET = {"text_mix": 0.5}
 Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
 GAP = 4  # pixels between the pictures of a strip
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
 from .rates import Difference, Rate, difference, rate
 from .read import Score, read, score
+from .results import Results
 from .world import sample_captions
 
 __all__ = ["MEASURES", "Arm", "Evaluation", "evaluate", "tomesd_arm"]
@@ -162,19 +162,19 @@ def evaluate(
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
-        "model": _fingerprint(pipe),
+        "model": fingerprint(pipe),
         "scheduler": _digest(
             repr(sorted(pipe.scheduler.config.items(), key=str)).encode(), type(pipe.scheduler).__name__
         ),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "reader": _reader_digest(),
+        "reader": reader_digest(),
     }
-    results = _Results(out / "results.jsonl", settings)
+    results = Results(out / "results.jsonl", FORMAT, settings)
     captions = sample_captions(np.random.default_rng(seed), samples)
     total = samples * len(arms)
     for start in range(0, samples, batch):
         for arm in arms:
-            missing = [i for i in range(start, min(start + batch, samples)) if (arm.name, i) not in results.scores]
+            missing = [i for i in range(start, min(start + batch, samples)) if (arm.name, i) not in results.entries]
             if not missing:
                 continue
             with arm.inside(pipe):
@@ -183,11 +183,12 @@ def evaluate(
                 if i < SHOWN:
                     with written_whole(_picture_path(out, arm, i)) as (path,):
                         picture.save(path, "PNG")
-            results.add(arm.name, {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)})
+            made = {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)}
+            results.add(_entries(arm.name, made))
             if on_progress:
-                done = sum(i < samples and name in names for name, i in results.scores)
+                done = sum(i < samples and name in names for name, i in results.entries)
                 on_progress(done, total)
-    evaluation = _summary(results, settings, names, samples, _about(pipe, command))
+    evaluation = _summary(results, settings, names, samples, about_run(pipe, command))
     sheet = contact_sheet([[_picture_path(out, arm, i) for i in range(min(samples, SHOWN))] for arm in arms])
     with written_whole(out / "summary.json", out / "contact.png") as (summary_path, sheet_path):
         summary_path.write_text(evaluation.to_json() + "\n")
@@ -206,46 +207,12 @@ def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
     return sheet
 
 
-class _Results:
-    """The results file: a first line of settings, then one line per picture and arm."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.scores: dict[tuple[str, int], Score] = {}
-        header = {"format": FORMAT, **json.loads(json.dumps(settings))}
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a last line without its end was interrupted
-        if not whole:
-            with written_whole(path) as (aside,):
-                aside.write_text(json.dumps(header) + "\n")
-            return
-        try:
-            first, *lines = [json.loads(line) for line in whole.splitlines()]
-            differing = [key for key in header if first.get(key) != header[key]]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a file of results ({error}); use another folder or delete it") from None
-        if differing:
-            raise ValueError(
-                f"{path} holds results of other settings ({', '.join(differing)} differ); use another folder or delete it"
-            )
-        if whole != text:
-            with written_whole(path) as (aside,):
-                aside.write_text(whole)
-        for line in lines:
-            self.scores[line["arm"], line["sample"]] = Score(**line["score"])
-
-    def add(self, arm: str, made: dict[int, tuple[str, Image.Image]]) -> None:
-        """Read and score pictures and append their lines at once."""
-        lines = []
-        for i, (caption, picture) in made.items():
-            reading = read(picture)
-            self.scores[arm, i] = found = score(reading, caption)
-            entry = {"arm": arm, "sample": i, "caption": caption, "score": asdict(found), "reading": asdict(reading)}
-            lines.append(json.dumps(entry) + "\n")
-        with self.path.open("a") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+def _entries(arm: str, made: dict[int, tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+    """Pictures read and scored, as lines of results."""
+    for i, (caption, picture) in made.items():
+        reading = read(picture)
+        found = asdict(score(reading, caption))
+        yield {"arm": arm, "sample": i, "caption": caption, "score": found, "reading": asdict(reading)}
 
 
 def _generate(
@@ -262,11 +229,11 @@ def _generate(
 
 
 def _summary(
-    results: _Results, settings: dict[str, Any], names: list[str], samples: int, about: dict[str, Any]
+    results: Results, settings: dict[str, Any], names: list[str], samples: int, about: dict[str, Any]
 ) -> Evaluation:
     counts = {  # arm -> measure -> (samples, 2): right and asked
         arm: {
-            words: np.array([measure(results.scores[arm, i]) for i in range(samples)])
+            words: np.array([measure(Score(**results.entries[arm, i]["score"])) for i in range(samples)])
             for words, measure in MEASURES.items()
         }
         for arm in names
@@ -298,13 +265,13 @@ def _digest(*parts: bytes | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _reader_digest() -> str:
+def reader_digest() -> str:
     """Changes with the reader, so that pictures read by two readers are never counted together."""
     files = ("world.py", "sprites.png", "templates.py", "matching.py", "read.py")
     return _digest(*(Path(__file__).with_name(name).read_bytes() for name in files))
 
 
-def _fingerprint(pipe: Any) -> str:
+def fingerprint(pipe: Any) -> str:
     """Changes with the weights: sums of every parameter of every model in the pipeline."""
     sums = [
         (part, name, weight.double().sum().item(), weight.double().abs().sum().item())
@@ -315,7 +282,7 @@ def _fingerprint(pipe: Any) -> str:
     return _digest(repr(sums))
 
 
-def _about(pipe: Any, command: str) -> dict[str, Any]:
+def about_run(pipe: Any, command: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else pipe.device.type
     packages = ("reattend", "torch", "diffusers", "transformers", "numpy", "pillow")
     return {
