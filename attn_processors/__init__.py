@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, install, installed
+    from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall, LayoutError
     from .linear_forms import (
         FlowAttnProcessor,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     )
     from .method import AttnMethod, LayerInfo
     from .report import Report
+    from .subjects import Place
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
@@ -47,6 +49,7 @@ _METHODS = {  # short name -> class
     "inline": "InLineAttnProcessor",
     "flow": "FlowAttnProcessor",
     "agent-joint": "AgentJointAttnProcessor",
+    "isolation-reposition": "IsolationRepositionAttnProcessor",
 }
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
@@ -59,11 +62,13 @@ _FILES = {  # public name -> file
     "FlowAttnProcessor": "linear_forms",
     "Handle": "installer",
     "InLineAttnProcessor": "linear_forms",
+    "IsolationRepositionAttnProcessor": "isolation_reposition",
     "KernelLinearAttnProcessor": "linear_forms",
     "LayerCall": "layer",
     "LayerInfo": "method",
     "LayoutError": "layer",
     "NeighborhoodAttnProcessor": "linear_forms",
+    "Place": "subjects",
     "Report": "report",
     "UnsupportedModel": "families",
     "install": "installer",
@@ -83,11 +88,13 @@ __all__ = [
     "FlowAttnProcessor",
     "Handle",
     "InLineAttnProcessor",
+    "IsolationRepositionAttnProcessor",
     "KernelLinearAttnProcessor",
     "LayerCall",
     "LayerInfo",
     "LayoutError",
     "NeighborhoodAttnProcessor",
+    "Place",
     "Report",
     "UnsupportedModel",
     "install",

@@ -73,6 +73,7 @@ class Installation:
     method: AttnMethod
     swaps: list[Swap] = field(default_factory=list)
     patches: list[Patch] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)  # with `remove`
 
 
 class Context:

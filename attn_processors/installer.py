@@ -207,6 +207,8 @@ def apply(
 def undo(context: Context, item: Installation) -> None:
     """Take one installation back, in reverse order, and only where ours is still in place."""
     context.adopt()
+    for hook in item.hooks:
+        hook.remove()
     for patch in reversed(item.patches):
         if getattr(patch.module, patch.attribute, None) is patch.replacement:
             before, now = patch.original, patch.replacement
@@ -284,6 +286,7 @@ def _fill(
         own = any(attribute in held for held in (vars(module), module._modules, module._parameters, module._buffers))
         item.patches.append(Patch(module, attribute, replacement, getattr(module, attribute, None), own))
         setattr(module, attribute, replacement)
+    item.hooks += item.method.hooks(context)
 
 
 def _put_back(swap: Swap) -> bool:

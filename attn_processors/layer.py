@@ -40,6 +40,7 @@ class LayerCall:
         TokenLayout  # the same for all ranks together, where `context.strip` splits the picture; else equal to `layout`
     )
     mask: Tensor | None  # bool or additive, broadcastable to (B, h, N, N); None almost always
+    rotary: Any = None  # tables of the rotary embedding, where the model has one
     unmerge: Callable[[Tensor], Tensor] | None  # (B, M, C) -> (B, N, C), applied after the output projection
 
     def __init__(
@@ -124,6 +125,18 @@ class LayerCall:
 
     def to_v(self, x: Tensor) -> Tensor:
         return self._layer.project_v(self._attn, x)
+
+    @property
+    def picture(self) -> Tensor:
+        """The picture's own tokens among the inputs, (B, H * W, C): what `to_k` and `to_v` project."""
+        return self.x
+
+    def keys_at(self, x: Tensor, places: Tensor) -> Tensor:
+        """Keys of image tokens (B, n, C) as if they lay at (row, column) of `places` (n, 2): (B, n, h, d).
+
+        Without a rotary embedding a key does not know its place.
+        """
+        return self.to_k(x)
 
     def extra(self, name: str) -> Tensor | None:
         """A trained parameter beside the layer's own (installed with the method), or None."""

@@ -105,6 +105,10 @@ class AttnMethod:
         """(module, attribute, replacement) triples that `install` sets and removal puts back."""
         return []
 
+    def hooks(self, context: Context) -> list[Any]:
+        """Hooks it needs in the model besides its layers; `install` asks for them, and removal calls their `remove`."""
+        return []
+
     def settings(self) -> dict[str, Any]:
         """The fields as a plain dict; `from_settings` (also after a round trip through JSON) gives an equal object."""
         return dataclasses.asdict(self)

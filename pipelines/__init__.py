@@ -12,6 +12,7 @@ if __name__ != "reattend.pipelines":
 from .events import Cancelled, CancelToken, StepEvent
 from .load import ModelUnavailable, bundled, load
 from .recipe import Recipe
+from .script import Panel, Script, Subject
 from .stages import Upscale
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .image import generate, preview
     from .picture import Picture
     from .splitting import patches
+    from .stories import Story, story
     from .upscaling import upscale
 
 _HOME = {
@@ -27,12 +29,14 @@ _HOME = {
     "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
+    "Story": ".stories",
+    "story": ".stories",
     "upscale": ".upscaling",
 }
 
 __all__ = [
-    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale",
-    "bundled", "generate", "load", "patches", "pluggable", "preview", "upscale",
+    "CancelToken", "Cancelled", "ModelUnavailable", "Panel", "Picture", "Recipe", "Script", "StepEvent",
+    "Story", "Subject", "Upscale", "bundled", "generate", "load", "patches", "pluggable", "preview", "story", "upscale",
 ]  # fmt: skip
 
 

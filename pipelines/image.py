@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,29 +114,45 @@ def stock_call(
     Raises:
         as `generate`.
     """
+    with attention_of(recipe, pipe), patches(pipe) if split else contextlib.nullcontext():
+        return stock_rows(pipe, recipe, generator, on_step=on_step, cancel=cancel, began=began, **more)[0]
+
+
+def stock_rows(
+    pipe: Any,
+    recipe: Recipe,
+    generator: torch.Generator | Sequence[torch.Generator],
+    *,
+    on_step: Callable[[StepEvent], None] | None,
+    cancel: CancelToken,
+    began: float,
+    change: Callable[[Any, int, torch.Tensor], torch.Tensor] | None = None,
+    **more: Any,
+) -> list[Image.Image]:
+    """One call of the stock pipeline as it is; all its pictures.
+
+    Args:
+        as `stock_call`; `more` overrides what the recipe says, as with a list of prompts and as many generators.
+        change: gives new latents after each step from (pipe, index of the step, latents).
+    """
     clock = _Clock(began)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
             on_step(clock.event(index + 1, getattr(pipe, "num_timesteps", recipe.steps), tensors["latents"]))
         cancel.check()
+        if change is not None:
+            tensors["latents"] = change(pipe, index, tensors["latents"])
         return tensors
 
-    whole = contextlib.nullcontext()
-    with (
-        attention_of(recipe, pipe),
-        patches(pipe) if split else whole,
-        without_progress_bar(pipe),
-        _told_memory(recipe),
-    ):
+    with without_progress_bar(pipe), _told_memory(recipe):
         output = pipe(
-            **_arguments(recipe, inspect.signature(pipe.__call__).parameters),
-            **more,
+            **_arguments(recipe, inspect.signature(pipe.__call__).parameters) | more,
             generator=generator,
             output_type="np",  # the values that a PIL image would be rounded from, so that NaN can be seen
             callback_on_step_end=after_step,
         )
-    return _picture(output)
+    return _pictures(output)
 
 
 def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
@@ -303,13 +319,13 @@ def _told_memory(recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def _picture(output: Any) -> Image.Image:
+def _pictures(output: Any) -> list[Image.Image]:
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise RuntimeError("the model's own safety checker hid this picture; change the prompt or the seed")
-    values = output.images[0]  # (H, W, 3) in [0, 1]
+    values = output.images  # (B, H, W, 3) in [0, 1]
     if not np.isfinite(values).all():
         raise RuntimeError(
             "the model computed no picture: its values are not numbers (NaN); float16 often overflows, "
             "use dtype float32 or bfloat16"
         )
-    return diffusers.DiffusionPipeline.numpy_to_pil(values)[0]
+    return diffusers.DiffusionPipeline.numpy_to_pil(values)

@@ -23,6 +23,7 @@ METHOD_WORDS: dict[str, str] = {
     "inline": "Linear attention, InLine form: for students trained with it (inline)",
     "flow": "Linear attention, flow form: for students trained with it (flow)",
     "agent-joint": "Agent attention with FLUX and SD3: for students trained with it (agent-joint)",
+    "isolation-reposition": "Keep subjects apart, by boxes (isolation-reposition)",
 }
 
 # What is shown at once; the others unfold.
@@ -30,6 +31,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "agent": ("ratio", "levels"),
     "clear": ("radius", "pattern"),
     "neighborhood": ("radius",),
+    "isolation-reposition": ("panels",),
 }
 
 WORDS: dict[str, tuple[str, str]] = {
@@ -59,6 +61,20 @@ WORDS: dict[str, tuple[str, str]] = {
     "start": ("Begins after", "Share of the steps; before it the model's own attention"),
     "until": ("Ends after", "Share of the steps; after it the model's own attention"),
     "backend": ("Who computes it", "Same picture; auto takes the fastest that runs here"),
+    "panels": ("Who is where", "Such as (({'subject': 'cat', 'box': (0, 0, 0.5, 1)},),); without it nothing changes"),
+    "references": ("References", "Rows in front of the pictures; a story makes them"),
+    "source": ("Where references come from", "rows of the same call, or a bank; a story chooses"),
+    "strength": ("How strongly subjects follow their references", "0 to 1"),
+    "isolate": ("When subjects are kept apart", "From and to which share of the steps"),
+    "refer": ("When references are seen", "From and to which share of the steps"),
+    "reference_layers": ("Layers that see references", "A pattern for layer names; . is all"),
+    "reposition": ("How references are laid onto subjects", "auto: by what the model has"),
+    "fit": ("Proportions of a reference", "uniform keeps them"),
+    "mass": ("Weight of a reference", "1: by the size of the subject; empty: as resampling would"),
+    "overlap": ("Where subjects overlap", "Whose the place is"),
+    "branches": ("Guidance that sees references", "both, or only the one with the prompt"),
+    "warmup": ("Steps before subjects are looked for", "Share of the steps; only without boxes"),
+    "strict": ("Refuse when a subject is not found", "Otherwise it is left alone"),
     "on_mismatch": ("If the picture's size does not fit", "raise: say so; stock: the model's own attention there"),
 }
 

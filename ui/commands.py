@@ -18,12 +18,12 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from ..pipelines.recipe import Recipe
 from ..pipelines.stages import Upscale as Growth
 from .distill_commands import Distill
-from .options import FILE, NUMBER, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries, read_size
+from .options import FILE, NUMBER, OUT, TEXT, WHOLE, Bar, attention_entry, default, quiet_libraries, read_size
 from .ranks import joined
+from .story_command import Story
 
 __all__ = ["Command"]
 
-OUT = Path("out")
 DEFAULT_RECIPE = Recipe(prompt="-")
 DEFAULT_GROWTH = Growth()
 
@@ -339,6 +339,7 @@ Command = (
     Annotated[Image, subcommand("image")]
     | Annotated[Upscale, subcommand("upscale")]
     | Annotated[Distill, subcommand("distill")]
+    | Annotated[Story, subcommand("story")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Doctor, subcommand("doctor")]

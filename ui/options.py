@@ -13,7 +13,20 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from ..pipelines.events import StepEvent
 
-__all__ = ["FILE", "NUMBER", "TEXT", "WHOLE", "Bar", "attention_entry", "default", "quiet_libraries", "read_size"]
+__all__ = [
+    "FILE",
+    "NUMBER",
+    "OUT",
+    "TEXT",
+    "WHOLE",
+    "Bar",
+    "attention_entry",
+    "default",
+    "quiet_libraries",
+    "read_size",
+]
+
+OUT = Path("out")
 
 
 def _optional(kind: Callable[[str], Any], words: str) -> PrimitiveConstructorSpec:

@@ -67,6 +67,14 @@ class Family:
         """
         raise NotImplementedError
 
+    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> list[Any]:
+        """Call `ear(layer, image tokens (B, N, C), text (B, T, C'), output)` after every text cross-attention.
+
+        What it returns takes the place of the output. Returns handles with `remove`; none where text attends together
+        with the picture.
+        """
+        return []
+
     def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
         """Hook the model so that it computes on some rows of the picture only; returns handles with `remove`.
 

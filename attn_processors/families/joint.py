@@ -76,6 +76,13 @@ class JointCall(LayerCall):
             return x
         return self._joint.rotate(x, tuple(table[places] for table in self.rotary))
 
+    def picture(self) -> Tensor:
+        start = self.layout.before if self.text is None else 0
+        return self.x[:, start : start + self.layout.grid_tokens]
+
+    def keys_at(self, x: Tensor, places: Tensor) -> Tensor:
+        return self._joint.rotate(self.to_k(x), self._joint.rotary_at(places))
+
     def _joined(self, which: str) -> Tensor:
         """Image and text projections in the layer's order, before the rotary embedding: (B, layout.tokens, h, d)."""
         image = getattr(self._layer, f"project_{which}")(self._attn, self.x)
@@ -147,6 +154,10 @@ class JointLayer(LayerProcessor):
     def rotate(self, x: Tensor, rotary: Any) -> Tensor:
         """Queries or keys (B, N, h, d) with the rotary embedding of the call; here there is none."""
         return x
+
+    def rotary_at(self, places: Tensor) -> Any:
+        """What `rotate` needs for image tokens at (row, column) of `places` (n, 2), fractions allowed."""
+        return None
 
     def project_q(self, attn: Any, x: Tensor) -> Tensor:
         return _normed(attn.norm_q, self.split(attn, attn.to_q(x)))

@@ -7,6 +7,8 @@ rounding up. So the grid of a layer follows from its number of tokens; frames, i
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 # attn1 of a spatial transformer, or a bare attention block; never motion_modules, temp_attentions or transformer_in
 SPATIAL = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.\d+(?:\.transformer_blocks\.\d+\.attn1)?")
+
+CROSS = re.compile(r"(?:.*\.)?transformer_blocks\.\d+\.attn2")
 
 REMEDIES = {  # processors diffusers itself puts there
     "SlicedAttnProcessor": "call disable_attention_slicing() first",
@@ -132,6 +136,13 @@ class UNetFamily(Family):
             for name, module, depth in found
         ]
 
+    def listen(self, context: Context, ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> list[Any]:
+        return [
+            module.register_forward_hook(Tap(ear), with_kwargs=True)
+            for name, module in context.model.named_modules()
+            if CROSS.fullmatch(name) and isinstance(module, Attention)
+        ]
+
     def why_not(self, module: nn.Module) -> str | None:
         processor = module.processor
         if type(processor) in (AttnProcessor, AttnProcessor2_0):
@@ -151,6 +162,20 @@ class UNetFamily(Family):
             grids.setdefault(height * width, (height, width))
             height, width = (height + 1) // 2, (width + 1) // 2
         context.grids = grids
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Hook of a text cross-attention layer that passes on what the layer was called with and what it returned."""
+
+    ear: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, attn: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["hidden_states"]
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        if not isinstance(text, Tensor) or x.ndim != 3:  # an IP-Adapter's text comes with pictures
+            return output
+        return self.ear(attn, x, text, output)
 
 
 def _depth(match: re.Match, levels: int) -> int:

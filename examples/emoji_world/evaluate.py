@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +26,10 @@ from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
 from .rates import Difference, Rate, difference, rate
 from .read import Score, read, score
+from .results import Results
 from .world import sample_captions
 
-__all__ = ["MEASURES", "Arm", "Evaluation", "Results", "evaluate", "tomesd_arm"]
+__all__ = ["MEASURES", "Arm", "Evaluation", "evaluate", "tomesd_arm"]
 
 FORMAT = "reattend evaluation 1"
 SHOWN = 10  # pictures per arm on the contact sheet
@@ -164,12 +164,12 @@ def evaluate(
         "seed": seed,
         **model_settings(pipe),
     }
-    results = Results(out / "results.jsonl", settings)
+    results = Results(out / "results.jsonl", FORMAT, settings)
     captions = sample_captions(np.random.default_rng(seed), samples)
     total = samples * len(arms)
     for start in range(0, samples, batch):
         for arm in arms:
-            missing = [i for i in range(start, min(start + batch, samples)) if (arm.name, i) not in results.scores]
+            missing = [i for i in range(start, min(start + batch, samples)) if (arm.name, i) not in results.entries]
             if not missing:
                 continue
             with arm.inside(pipe):
@@ -178,9 +178,10 @@ def evaluate(
                 if i < SHOWN:
                     with written_whole(picture_path(out, arm.name, i)) as (path,):
                         picture.save(path, "PNG")
-            results.add(arm.name, {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)})
+            made = {i: (captions[i], picture) for i, picture in zip(missing, pictures, strict=True)}
+            results.add(scored(arm.name, made))
             if on_progress:
-                done = sum(i < samples and name in names for name, i in results.scores)
+                done = sum(i < samples and name in names for name, i in results.entries)
                 on_progress(done, total)
     evaluation = summarized(results, settings, names, samples, environment(pipe, command))
     sheet = contact_sheet([[picture_path(out, name, i) for i in range(min(samples, SHOWN))] for name in names])
@@ -203,46 +204,12 @@ def contact_sheet(rows: Sequence[Sequence[Path]], side: int | None = None) -> Im
     return sheet
 
 
-class Results:
-    """The results file: a first line of settings, then one line per picture and arm. Refuses one of other settings."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.scores: dict[tuple[str, int], Score] = {}
-        header = {"format": FORMAT, **json.loads(json.dumps(settings))}
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a last line without its end was interrupted
-        if not whole:
-            with written_whole(path) as (aside,):
-                aside.write_text(json.dumps(header) + "\n")
-            return
-        try:
-            first, *lines = [json.loads(line) for line in whole.splitlines()]
-            differing = [key for key in header if first.get(key) != header[key]]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a file of results ({error}); use another folder or delete it") from None
-        if differing:
-            raise ValueError(
-                f"{path} holds results of other settings ({', '.join(differing)} differ); use another folder or delete it"
-            )
-        if whole != text:
-            with written_whole(path) as (aside,):
-                aside.write_text(whole)
-        for line in lines:
-            self.scores[line["arm"], line["sample"]] = Score(**line["score"])
-
-    def add(self, arm: str, made: dict[int, tuple[str, Image.Image]]) -> None:
-        """Read and score pictures (number -> caption and picture) and append their lines at once."""
-        lines = []
-        for i, (caption, picture) in made.items():
-            reading = read(picture)
-            self.scores[arm, i] = found = score(reading, caption)
-            entry = {"arm": arm, "sample": i, "caption": caption, "score": asdict(found), "reading": asdict(reading)}
-            lines.append(json.dumps(entry) + "\n")
-        with self.path.open("a") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+def scored(arm: str, made: dict[int, tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+    """Pictures read and scored, as lines of results."""
+    for i, (caption, picture) in made.items():
+        reading = read(picture)
+        found = asdict(score(reading, caption))
+        yield {"arm": arm, "sample": i, "caption": caption, "score": found, "reading": asdict(reading)}
 
 
 def _generate(
@@ -263,7 +230,7 @@ def summarized(
 ) -> Evaluation:
     counts = {  # arm -> measure -> (samples, 2): right and asked
         arm: {
-            words: np.array([measure(results.scores[arm, i]) for i in range(samples)])
+            words: np.array([measure(Score(**results.entries[arm, i]["score"])) for i in range(samples)])
             for words, measure in MEASURES.items()
         }
         for arm in names

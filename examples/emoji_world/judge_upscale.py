@@ -22,7 +22,18 @@ from ..pipelines.load import load
 from ..pipelines.recipe import Recipe
 from ..pipelines.stages import Upscale, stage_sizes
 from ..pipelines.upscaling import upscale
-from .evaluate import SHOWN, Evaluation, Results, contact_sheet, environment, model_settings, picture_path, summarized
+from .evaluate import (
+    FORMAT,
+    SHOWN,
+    Evaluation,
+    contact_sheet,
+    environment,
+    model_settings,
+    picture_path,
+    scored,
+    summarized,
+)
+from .results import Results
 from .world import sample_captions
 
 __all__ = ["judge", "size_names"]
@@ -77,10 +88,10 @@ def judge(
         "seed": seed,
         **model_settings(pipe),
     }
-    results = Results(out / "results.jsonl", settings)
+    results = Results(out / "results.jsonl", FORMAT, settings)
     captions = sample_captions(np.random.default_rng(seed), scenes)
     for i, caption in enumerate(captions):
-        missing = [name for name in names if (name, i) not in results.scores]
+        missing = [name for name in names if (name, i) not in results.entries]
         if missing:
             picture = upscale(replace(first, prompt=caption, seed=seed + i), pipe=pipe)
             made = dict(zip(names, (*picture.smaller, picture.image), strict=True))
@@ -88,7 +99,7 @@ def judge(
                 if i < SHOWN:
                     with written_whole(picture_path(out, name, i)) as (path,):
                         made[name].save(path, "PNG")
-                results.add(name, {i: (caption, made[name])})
+                results.add(scored(name, {i: (caption, made[name])}))
         if on_progress:
             on_progress(i + 1, scenes)
     evaluation = summarized(results, settings, names, scenes, environment(pipe, command))

@@ -1,0 +1,354 @@
+"""Who is where in the rows of a call: what isolation and reposition need to know, worked out once per grid.
+
+A `Place` says where a subject is in one picture. A `Cast` belongs to one installed method and one denoiser: it lays the
+places over the grids of the call, finds the tokens of every subject, and keeps what changes from step to step (masks
+read from attention maps, which queries may read a reference, the bank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .ops.groups import Group, isolation_groups
+from .ops.regions import Box, box_tokens, clipped, mask_tokens, owners, tight_box, unpack_mask
+from .ops.reposition import area_ratio, rotary_places, sampling
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .isolation_reposition import IsolationRepositionAttnProcessor
+    from .layer import LayerCall
+
+__all__ = ["Bank", "Cast", "Place", "Reader", "Source"]
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A subject in one picture, and where: by a box, by a mask, or by the words of the prompt that mean it.
+
+    Attributes:
+        subject: its name; "" only with `words`, which are then those of the background.
+        box: (x0, y0, x1, y1) in fractions of width and height.
+        mask: as `pack_mask` writes it, in place of a box.
+        words: places of its words among the text tokens, by which attention maps show it where neither box nor mask is
+            given.
+    A reference with none of the three fills its picture.
+    """
+
+    subject: str
+    box: tuple[float, float, float, float] | None = None
+    mask: str | None = None
+    words: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.box is not None and not all(math.isfinite(edge) for edge in self.box):
+            raise ValueError(f"box of {self.subject!r} has edges that are no numbers: got {self.box}.")
+        if self.box is not None and (self.box[0] > self.box[2] or self.box[1] > self.box[3]):
+            raise ValueError(
+                f"box of {self.subject!r} is turned around: got {self.box}, need x0 <= x1 and y0 <= y1; boxes are "
+                "(left, top, right, bottom) in fractions of width and height."
+            )
+        if self.mask is not None:
+            unpack_mask(self.mask)  # raises
+        if any(word < 0 for word in self.words):
+            raise ValueError(f"words of {self.subject!r} are places from 0 on, got {self.words}.")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether attention maps have to show where it is."""
+        return self.box is None and self.mask is None and bool(self.words)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One reference of one subject: its tokens in its own picture."""
+
+    number: int  # among the method's references
+    tokens: Tensor  # bool (h, w)
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """What one subject of one panel takes from one reference, on one grid.
+
+    Attributes:
+        number: of the reference.
+        index, weight: how its tokens are put together, (n, K).
+        places: (row, column) that the keys are rotated to, (n, 2).
+        bias: on the logits of its keys.
+    """
+
+    number: int
+    index: Tensor
+    weight: Tensor
+    places: Tensor
+    bias: float
+
+
+@dataclass
+class Bank:
+    """Tokens of reference rows kept from an earlier run of the same steps, within a budget of bytes.
+
+    Attributes:
+        limit: most bytes it may hold; None = no limit.
+        every_layer, every_step: 2 keeps every second one; steps between reuse the one before.
+        branches: "both", or "cond" for the rows with the prompt alone.
+        held: bytes so far.
+        missing: times a layer found nothing and ran without references.
+    """
+
+    limit: int | None = None
+    every_layer: int = 1
+    every_step: int = 1
+    branches: str = "both"
+    held: int = 0
+    missing: int = 0
+    entries: dict[tuple, tuple[Tensor, Source]] = field(default_factory=dict)
+    texts: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by branch (from the last) and reference
+
+    def keeps(self, layer: int, step: int) -> bool:
+        """Whether tokens of this layer and step are for the bank."""
+        return layer % self.every_layer == 0 and step % self.every_step == 0
+
+    def moment(self, step: int) -> int:
+        """The step whose tokens are read in `step`."""
+        return step - step % self.every_step
+
+    def put(self, key: tuple, x: Tensor, source: Source) -> None:
+        """Keep the tokens of one reference, (n, C). Raises MemoryError over the budget."""
+        if self.limit is not None and self.held + x.nbytes > self.limit:
+            raise MemoryError(
+                f"the bank of references would hold {self.held + x.nbytes:,} bytes, {self.limit:,} are allowed; allow "
+                "more (max_bytes), use fewer steps or smaller pictures, or keep references as rows."
+            )
+        self.held += x.nbytes
+        self.entries[key] = (x, source)
+
+    def get(self, key: tuple) -> Tensor | None:
+        """Tokens on the whole grid of their picture, zeros where the subject is not, (1, h * w, C); None: not kept."""
+        if key not in self.entries:
+            return None
+        x, source = self.entries[key]
+        whole = x.new_zeros(1, source.tokens.numel(), x.shape[-1])
+        whole[0, source.tokens.flatten().to(x.device)] = x
+        return whole
+
+
+class Cast:
+    """See the module docstring. One per installed method; `begin` is called for every call of the denoiser."""
+
+    def __init__(self, method: IsolationRepositionAttnProcessor):
+        self.method = method
+        names = [place.subject for row in (*method.panels, method.references) for place in row if place.subject]
+        self.subjects = list(dict.fromkeys(names))
+        self.bank: Bank | None = None
+        self.found: dict[tuple[str, int, str], Tensor] = {}  # ("panel" or "reference", row, subject) -> bool (h, w)
+        self.absent: dict[str, str] = {}  # what was not found -> why
+        self.branches, self.step, self.call, self.phase = 1, 0, 0, 0
+        self.layers: dict[str, int] = {}  # order of the layers that may read references
+        self._moment: float | None = None
+        self._cache: dict[tuple, Any] = {}
+
+    # -- every call ---------------------------------------------------------------------------------------------------
+
+    def begin(self, context: Context) -> None:
+        """Learn the rows and the step of this call. Raises LayoutError if the rows do not fit the method."""
+        self.branches = self.method.branches_of(context)
+        progress, step = context.progress(), context.step()
+        self.step = round(progress * 1_000_000) if step is None else step
+        self.call = self.call + 1 if progress == self._moment else 0  # of those with the same timestep
+        if self._moment is not None and progress < self._moment:  # another run
+            self.found.clear()
+            self.changed()
+        self._moment = progress
+        self.phase = self.method.phase(progress)
+
+    def changed(self) -> None:
+        """Masks are others now."""
+        self._cache.clear()
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def rows(self, kind: str, number: int, context: Context, branches: Sequence[int]) -> list[int]:
+        """Rows of the call that hold a panel or a reference, for each of some branches."""
+        in_front = self.method.rows_in_front
+        if self.method.broadcast:
+            return list(range(context.batch))
+        per_branch = in_front + len(self.method.panels)
+        return [branch * per_branch + number + (in_front if kind == "panel" else 0) for branch in branches]
+
+    @property
+    def all_branches(self) -> list[int]:
+        return list(range(self.branches))
+
+    def reference_branches(self) -> list[int]:
+        """Branches whose panels read references: all of them, or the one with the prompt."""
+        if self.method.branches == "both" and (self.bank is None or self.bank.branches == "both"):
+            return self.all_branches
+        return [self.branches - 1] if self.branches > 1 or self.call == 0 else []
+
+    # -- places on a grid ---------------------------------------------------------------------------------------------
+
+    def tokens(self, kind: str, number: int, place: Place, grid: Grid) -> tuple[Tensor, Box] | None:
+        """The tokens and the box of a subject; None if it is not there, or not yet."""
+        if place.mask is not None or (kind, number, place.subject) in self.found:
+            mask = self.found[kind, number, place.subject] if place.mask is None else unpack_mask(place.mask)
+            box = tight_box(mask)
+            return None if box is None else (mask_tokens(mask, grid), box)
+        if place.automatic:
+            return None
+        box = (0.0, 0.0, 1.0, 1.0) if place.box is None else clipped(place.box)
+        return None if box is None else (box_tokens(box, grid), box)
+
+    def check(self, context: Context) -> None:
+        """Say once of every subject with a box or mask that it is nowhere. Raises ValueError if the method is strict."""
+        for kind, number, place in self.all_places():
+            if not place.automatic and self.tokens(kind, number, place, (1, 1)) is None:
+                why = "its mask is empty" if place.mask is not None else f"its box {place.box} is outside the picture"
+                self.missed(context, kind, number, place.subject, why)
+
+    def missed(self, context: Context, kind: str, number: int, subject: str, why: str) -> None:
+        where = f"{subject!r} in {kind} {number + 1}"
+        if where in self.absent:
+            return
+        self.absent[where] = why
+        effect = "it is neither kept apart nor referred to there" if kind == "panel" else "this reference is left out"
+        if self.method.strict:
+            raise ValueError(f"{where} was not found: {why}; give a box or mask, or allow it with strict=False.")
+        context.warn_once((self.method.name, where), f"{where} was not found: {why}; {effect}.")
+
+    def all_places(self) -> Iterator[tuple[str, int, Place]]:
+        for number, place in enumerate(self.method.references):
+            yield "reference", number, place
+        for number, panel in enumerate(self.method.panels):
+            for place in panel:
+                if place.subject:
+                    yield "panel", number, place
+
+    def owner(self, number: int, grid: Grid) -> tuple[Tensor, dict[str, Box]]:
+        """Owner bits of a panel's tokens (H * W,), and the boxes of the subjects in it."""
+        key = ("owner", number, grid)
+        if key not in self._cache:
+            masks = torch.zeros(len(self.subjects), *grid, dtype=torch.bool)
+            boxes: dict[str, Box] = {}
+            for place in self.method.panels[number]:
+                there = self.tokens("panel", number, place, grid) if place.subject else None
+                if there is not None:
+                    masks[self.subjects.index(place.subject)] |= there[0]
+                    boxes[place.subject] = there[1]
+            # names are in the order of first appearance, "first" means first in this panel
+            order = [self.subjects.index(name) for name in boxes]
+            bits = owners(masks[order], self.method.overlap)
+            moved = torch.zeros_like(bits)
+            for i, subject in enumerate(order):
+                moved |= (bits >> i & 1) << subject
+            self._cache[key] = moved, boxes
+        return self._cache[key]
+
+    def groups(
+        self, number: int, call: LayerCall, isolate: bool, readers: Mapping[int, Sequence[Reader]]
+    ) -> list[Group]:
+        """The groups of a panel's sequence in this layer."""
+        random = self.method.strength < 1 and bool(readers)
+        moment = self.step if random else None
+        key = ("groups", number, call.layout, isolate, tuple(readers), moment, call.q.device)
+        if key not in self._cache:
+            layout = call.layout
+            owner, _ = self.owner(number, layout.shape)
+            whole = torch.zeros(layout.tokens, dtype=torch.int64)
+            whole[layout.grid] = owner
+            reading = None
+            if random:
+                reading = torch.zeros(layout.tokens, dtype=torch.bool)
+                reading[layout.grid] = self._reading(owner, layout.shape)
+            referred = sum(1 << subject for subject in readers)
+            found = isolation_groups(whole, isolate=isolate, reading=reading, referred=referred)
+            self._cache[key] = [_moved(group, call.q.device) for group in found]
+        return self._cache[key]
+
+    def readers(self, number: int, call: LayerCall) -> Mapping[int, list[Reader]]:
+        """By subject: what it reads from its references in this layer."""
+        mode, sources = self.method.mode_of(call), self.sources(call)
+        key = ("readers", number, call.layout.shape, mode, tuple(map(id, sources)), call.q.device)
+        if key not in self._cache:
+            _, boxes = self.owner(number, call.layout.shape)
+            found = {
+                self.subjects.index(name): self._readers(
+                    box, [one for one in sources if self.method.references[one.number].subject == name], call, mode
+                )
+                for name, box in boxes.items()
+            }
+            self._cache[key] = {subject: several for subject, several in found.items() if several}
+        return self._cache[key]
+
+    def sources(self, call: LayerCall) -> list[Source]:
+        """The references that this layer can read now."""
+        numbers = range(len(self.method.references))
+        if self.method.source == "bank":
+            bank, branches = self.bank, self.reference_branches()
+            assert bank is not None, "checked before"
+            if not branches or not bank.keeps(self.layers[call.name], 0):
+                return []
+            keys = [self.key(call, branches[-1], number) for number in numbers]
+            kept = [bank.entries[key][1] for key in keys if key in bank.entries]
+            bank.missing += not kept
+            return kept
+        return [one for number in numbers if (one := self.source(number, call.layout.shape)) is not None]
+
+    def source(self, number: int, grid: Grid) -> Source | None:
+        """The tokens of a reference row on a grid, or None if it is not found."""
+        key = ("source", number, grid)
+        if key not in self._cache:
+            there = self.tokens("reference", number, self.method.references[number], grid)
+            self._cache[key] = None if there is None else Source(number, *there)
+        return self._cache[key]
+
+    def key(self, call: LayerCall, branch: int, number: int) -> tuple:
+        """Under which the bank keeps the tokens of a reference for this layer and step."""
+        assert self.bank is not None
+        return (self.bank.moment(self.step), self.call, branch - self.branches, call.name, number)
+
+    def _readers(self, box: Box, sources: Sequence[Source], call: LayerCall, mode: str) -> list[Reader]:
+        grid, device, fit = call.layout.shape, call.q.device, self.method.fit_of(mode)
+        readers = []
+        for one in sources:
+            source_grid: Grid = (one.tokens.shape[0], one.tokens.shape[1])
+            if mode == "resample":
+                index, weight, places = sampling(box, grid, one.box, one.tokens, fit)
+            else:
+                target, on = (box, grid) if mode == "coords" else (one.box, source_grid)
+                flat, places = rotary_places(target, on, one.box, one.tokens, fit)
+                index, weight = flat[:, None], torch.ones(len(flat), 1, dtype=torch.float64)
+            bias = self.method.mass_of(mode) * math.log(area_ratio(box, grid, one.box, source_grid))
+            bias -= math.log(len(sources))
+            readers.append(Reader(one.number, index.to(device), weight.to(device), places.to(device), bias))
+        return readers
+
+    def _reading(self, owner: Tensor, grid: Grid) -> Tensor:
+        """Which tokens may read references in this step: a random share `strength` of every subject's, at least one.
+
+        Depends on seed, step and grid alone: the same in all layers of a grid, branches and panels.
+        """
+        key = f"{self.method.seed}, {self.step}, {grid}"
+        draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        chance = torch.rand(owner.numel(), generator=draw, dtype=torch.float64)
+        reading = torch.zeros_like(owner, dtype=torch.bool)
+        for code in owner.unique().tolist():
+            mine = (owner == code).nonzero().flatten()
+            count = max(1, round(self.method.strength * len(mine)))
+            reading[mine[chance[mine].argsort()[:count]]] = True
+        return reading
+
+
+def _moved(group: Group, device: torch.device) -> Group:
+    keys = None if group.keys is None else group.keys.to(device)
+    return Group(group.queries.to(device), keys, group.subjects)

@@ -1,0 +1,55 @@
+"""A file of results that grows line by line, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..pipelines.files import written_whole
+
+__all__ = ["Results"]
+
+
+class Results:
+    """The results file: a first line of settings, then one line per arm and sample, kept in `entries`.
+
+    Raises ValueError if the file holds results of other settings, or is none.
+    """
+
+    def __init__(self, path: Path, form: str, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
+        header = {"format": form, **json.loads(json.dumps(settings))}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a last line without its end was interrupted
+        if not whole:
+            with written_whole(path) as (aside,):
+                aside.write_text(json.dumps(header) + "\n")
+            return
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            differing = [key for key in header if first.get(key) != header[key]]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a file of results ({error}); use another folder or delete it") from None
+        if differing:
+            raise ValueError(
+                f"{path} holds results of other settings ({', '.join(differing)} differ); use another folder or delete it"
+            )
+        if whole != text:
+            with written_whole(path) as (aside,):
+                aside.write_text(whole)
+        for line in lines:
+            self.entries[line["arm"], line["sample"]] = line
+
+    def add(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Append results at once; each has at least "arm" and "sample"."""
+        entries = [json.loads(json.dumps(entry)) for entry in entries]
+        for entry in entries:
+            self.entries[entry["arm"], entry["sample"]] = entry
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())

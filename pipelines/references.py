@@ -1,0 +1,165 @@
+"""References of a story: rows beside the panels, or a bank filled before them, within a budget of bytes.
+
+A reference is what the stock model makes of its subject's own prompt, or a picture of one's own. Such a picture is kept
+in its row by force: after each step the row's latents are the picture's, with noise as the next step expects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..attn_processors.isolation_reposition import IsolationRepositionAttnProcessor
+from ..attn_processors.method import LayerInfo
+from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, unpack_mask
+from ..attn_processors.subjects import Bank, Place
+
+__all__ = ["BankPlan", "Pinned", "opened", "plan_bank"]
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """How a bank keeps to its budget.
+
+    Attributes:
+        bytes: what it will hold; an upper bound where masks come from attention maps.
+        every_layer, every_step, branches: as in `Bank`.
+    """
+
+    bytes: int
+    every_layer: int = 1
+    every_step: int = 1
+    branches: str = "both"
+
+    def bank(self, limit: int | None) -> Bank:
+        return Bank(limit, every_layer=self.every_layer, every_step=self.every_step, branches=self.branches)
+
+    def __str__(self) -> str:
+        saved = [
+            *(["prompt branch only"] if self.branches == "cond" else []),
+            *(["every second layer"] if self.every_layer > 1 else []),
+            *(["every second step"] if self.every_step > 1 else []),
+        ]
+        return f"bank of references: {self.bytes:,} bytes" + (f" ({', '.join(saved)})" if saved else "")
+
+
+def plan_bank(
+    method: IsolationRepositionAttnProcessor,
+    layers: Sequence[LayerInfo],
+    grids: Sequence[tuple[int, int]],
+    *,
+    steps: int,
+    branches: int,
+    item: int,
+    limit: int | None,
+) -> BankPlan:
+    """The first plan that fits, giving up in this order: the branch without the prompt, every second layer, every second
+    step. Only the subjects' own tokens are ever kept.
+
+    Args:
+        method: says the references, and when and where they are read.
+        layers: those that may read references, in order.
+        grids: (H, W) of each level of the model; joint models have one.
+        steps: denoising steps.
+        branches: guidance branches in a call.
+        item: bytes of one number.
+        limit: most bytes; None = no limit.
+
+    Raises:
+        MemoryError: not even the smallest plan fits.
+    """
+    times = [step for step in range(steps) if method.phase(step / steps) & 2]
+    plan = None
+    for every_step in (1, 2):
+        for every_layer in (1, 2):
+            for which in ("both", "cond"):
+                if (every_step, every_layer) != (1, 1) and which == "both":
+                    continue
+                kept = len([step for step in times if step % every_step == 0])
+                kept *= branches if which == "both" and method.branches == "both" else 1
+                size = sum(
+                    _tokens(place, grids[min(layer.level, len(grids) - 1)]) * layer.width * item * kept
+                    for number, layer in enumerate(layers)
+                    if number % every_layer == 0
+                    for place in method.references
+                )
+                own = "both" if which == "both" and method.branches == "both" else "cond"
+                plan = BankPlan(size, every_layer, every_step, own)
+                if limit is None or size <= limit:
+                    return plan
+    assert plan is not None
+    raise MemoryError(
+        f"a bank of {len(method.references)} references needs {plan.bytes:,} bytes at least, {limit:,} are allowed; allow "
+        "more, make fewer steps, draw smaller boxes around the references, or keep references as rows (leave bank out)."
+    )
+
+
+def _tokens(place: Place, grid: tuple[int, int]) -> int:
+    """Tokens of a reference on a grid; all of them where attention maps will say."""
+    if place.mask is not None:
+        return int(mask_tokens(unpack_mask(place.mask), grid).sum())
+    box = None if place.box is None else clipped(place.box)
+    if place.box is not None and box is None:
+        return 0
+    return grid[0] * grid[1] if box is None else int(box_tokens(box, grid).sum())
+
+
+class Pinned:
+    """Rows of a call whose latents are those of given pictures, at the noise of each step; see `stock_rows`' `change`.
+
+    pictures: by row of the call.
+    seeds: of the noise of each row, the same at every step.
+    """
+
+    def __init__(self, pipe: Any, pictures: Mapping[int, Image.Image], seeds: Mapping[int, int], size: tuple[int, int]):
+        self.clean = {row: encode(pipe, picture, size) for row, picture in pictures.items()}
+        self.seeds = dict(seeds)
+
+    def __call__(self, pipe: Any, index: int, latents: Tensor) -> Tensor:
+        latents = latents.clone()
+        steps = pipe.scheduler.timesteps
+        for row, clean in self.clean.items():
+            clean = clean.to(latents)
+            if index + 1 < len(steps):
+                draw = torch.Generator("cpu").manual_seed(self.seeds[row])
+                noise = torch.randn(clean.shape, generator=draw).to(latents)
+                at = steps[index + 1 : index + 2]
+                if hasattr(pipe.scheduler, "scale_noise"):  # flow matching
+                    clean = pipe.scheduler.scale_noise(clean, at, noise)
+                else:
+                    clean = pipe.scheduler.add_noise(clean, noise, at)
+            latents[row] = _packed(pipe, clean, latents)[0]
+        return latents
+
+
+def encode(pipe: Any, picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Latents of a picture cut to (width, height) pixels, (1, C, H, W), as the pipeline's denoiser knows them."""
+    vae = pipe.vae
+    fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    pixels = pipe.image_processor.preprocess(fitted).to(vae.device, vae.dtype)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def opened(path: str) -> Image.Image:
+    """A reference picture from a file. Raises ValueError in one sentence."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
+        raise ValueError(f"cannot read the reference picture {path}: {reason}; give a PNG or JPEG file.") from None
+
+
+def _packed(pipe: Any, clean: Tensor, latents: Tensor) -> Tensor:
+    """Latents of one picture in the shape the pipeline keeps them: FLUX packs 2 x 2 into a token."""
+    if latents.ndim == 4:
+        return clean
+    _, channels, height, width = clean.shape
+    return pipe._pack_latents(clean, 1, channels, height, width)

@@ -1,0 +1,474 @@
+"""The story job: subjects that stay themselves over any number of panels.
+
+Each call of the stock pipeline makes a few panels (one, unless told otherwise) with the references of their subjects as
+rows in front of them, or after a first call that fills a bank. What a call makes depends on its own panels alone, so a
+panel can be made again, or added, and all others keep their pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..attn_processors import IsolationRepositionAttnProcessor, Place, install
+from ..attn_processors.context import Context
+from ..attn_processors.ops.regions import Box, pack_mask
+from ..attn_processors.subjects import Bank
+from .events import CancelToken, StepEvent
+from .files import written_whole
+from .image import attention_of, filled_in, stock_rows
+from .load import load
+from .masks import as_place, overlay, text_tokens, words_of
+from .references import BankPlan, Pinned, opened, plan_bank
+from .script import Panel, Script, Subject
+
+__all__ = ["USUAL", "Story", "story", "strip"]
+
+# What works best on the bundled models; a story's `consistency` changes single settings.
+USUAL = {"branches": "cond"}
+USUAL_UNET = {"text_mix": 0.5}
+Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
+GAP = 4  # pixels between the pictures of a strip
+
+
+@dataclass(kw_only=True, eq=False)
+class Story:
+    """Finished panels.
+
+    Attributes:
+        script: makes the same pixels again on a CPU; every seed is in it.
+        panels: pictures by number, counted from 0; only those that were asked for.
+        references: pictures by subject.
+        places: where every subject was at the end, by panel; masks found by attention maps among them.
+        report: what was not found, and what the bank holds; one line each.
+    """
+
+    script: Script
+    panels: dict[int, Image.Image] = field(default_factory=dict)
+    references: dict[str, Image.Image] = field(default_factory=dict)
+    places: dict[int, tuple[Place, ...]] = field(default_factory=dict)
+    report: list[str] = field(default_factory=list)
+
+    def shown(self, number: int) -> Image.Image:
+        """A panel with the place of every subject laid over it."""
+        return overlay(self.panels[number], self.places[number], [subject.name for subject in self.script.subjects])
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write panels, references, places and a strip as PNG, and the script; the story is inside every panel and beside.
+
+        Panels that were not made now stay as they are in the folder. All files appear whole, or none does.
+        """
+        files: dict[Path, Image.Image | str] = {}
+        for number, picture in self.panels.items():
+            files[folder / f"panel-{number + 1}.png"] = picture
+            files[folder / f"panel-{number + 1}-places.png"] = self.shown(number)
+        for i, subject in enumerate(self.script.subjects):
+            if subject.name in self.references:
+                files[folder / f"reference-{i + 1}.png"] = self.references[subject.name]
+        pictures = [
+            self.panels.get(number) or _there(folder / f"panel-{number + 1}.png")
+            for number in range(len(self.script.panels))
+        ]
+        if all(picture is not None for picture in pictures):
+            files[folder / "strip.png"] = strip([picture for picture in pictures if picture is not None])
+        files[folder / "story.json"] = self.script.to_json() + "\n"
+        chunks = PngInfo()
+        chunks.add_text("reattend story", self.script.to_json())
+        with written_whole(*files) as asides:
+            for aside, content in zip(asides, files.values(), strict=True):
+                if isinstance(content, str):
+                    aside.write_text(content, encoding="utf-8")
+                else:
+                    content.save(aside, format="PNG", pnginfo=chunks)
+        return list(files)
+
+
+def story(
+    script: Script,
+    *,
+    pipe: Any = None,
+    only: Sequence[int] | None = None,
+    find: Find | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    cancel: CancelToken | None = None,
+) -> Story:
+    """Make the panels of a story. The same script gives the same pixels on a CPU, panel by panel.
+
+    Args:
+        script: what to make; what it leaves open is filled in and comes back in `Story.script`.
+        pipe: a loaded text-to-image pipeline, used in place of `script.model`; it is left as it was found.
+        only: the panels to make, counted from 0; None = all.
+        find: finds the subjects without a place in a rehearsal, which is a call of the stock model with the same seeds,
+            from (picture, phrases): a box, a packed mask or None for each. None: attention maps find them on the way, at
+            no further call and less surely.
+        on_step: called in this thread after every denoising step; steps count over all calls, `clip` is the call.
+        cancel: asked before the work, and after every step.
+
+    Raises:
+        Cancelled: if `cancel` was requested; `pipe` can be used again.
+        ValueError: as `generate`; for a subject whose words are not in the prompt, two subjects that share words and have
+            no boxes, a panel that does not exist, a picture or mask that cannot be read.
+        MemoryError: not enough memory, or a bank that does not fit its budget, told before the first step.
+        RuntimeError: as `generate`.
+    """
+    cancel = cancel or CancelToken()
+    cancel.check()
+    wanted = range(len(script.panels)) if only is None else sorted(set(only))
+    if outside := [number for number in wanted if not 0 <= number < len(script.panels)]:
+        raise ValueError(f"there is no panel {outside[0] + 1}; the story has {len(script.panels)}")
+    if not wanted:
+        raise ValueError("no panel was asked for; name at least one")
+    if pipe is None:
+        pipe = load(script.model, dtype=script.dtype)
+    script = _filled_in(script, pipe)
+    job = _Job(script, pipe, find, on_step, cancel)
+    made = Story(script=script)
+    groups = list(dict.fromkeys(script.group(number) for number in wanted))
+    job.calls = len(groups) * ((1 if script.bank is None else 2) + (find is not None))
+    for group in groups:
+        cancel.check()
+        job.make(group, made)
+    made.script = job.script
+    made.panels = {number: picture for number, picture in made.panels.items() if number in wanted}
+    made.places = {number: places for number, places in made.places.items() if number in wanted}
+    made.report = list(dict.fromkeys(made.report))
+    return made
+
+
+def strip(pictures: Sequence[Image.Image], columns: int = 6) -> Image.Image:
+    """Pictures side by side, in rows of at most `columns`."""
+    width, height = (max(picture.size[axis] for picture in pictures) + GAP for axis in (0, 1))
+    across = min(columns, len(pictures))
+    sheet = Image.new("RGB", (across * width - GAP, -(-len(pictures) // across) * height - GAP), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % across * width, i // across * height))
+    return sheet
+
+
+class _Job:
+    """The calls of one story on one pipeline."""
+
+    def __init__(
+        self,
+        script: Script,
+        pipe: Any,
+        find: Find | None,
+        on_step: Callable[[StepEvent], None] | None,
+        cancel: CancelToken,
+    ) -> None:
+        self.script, self.pipe, self.find, self.on_step, self.cancel = script, pipe, find, on_step, cancel
+        self.began = time.monotonic()
+        self.calls, self.call = 1, 0
+        unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
+        self.settings = {**USUAL, **unet, **script.consistency, "strength": script.strength}
+
+    def make(self, group: range, made: Story) -> None:
+        """The panels of one call, into `made`."""
+        if self.find is not None:
+            self._rehearse(group, made)
+        panels = [self._panel(number, made) for number in group]
+        names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
+        subjects = [self.script.subject(name) for name in names]
+        if not self.script.strength or self.settings.get("refer", ()) is None:
+            subjects = []
+        method = IsolationRepositionAttnProcessor.from_settings(
+            {
+                **self.settings,
+                "panels": tuple(panels),
+                "references": tuple(self._reference(subject) for subject in subjects),
+                "source": "rows" if self.script.bank is None or not subjects else "bank",
+            }
+        )
+        if not subjects:
+            method = replace(method, text_mix=0.0)
+        bank = None
+        if method.source == "bank":
+            bank, pictures = self._fill(method, subjects, made)
+            made.references |= dict(zip(names, pictures, strict=False))
+        elif self.script.bank is not None:
+            self.call += 1
+        rows = subjects if method.source == "rows" else []
+        prompts = [*(one.prompt for one in rows), *(self.script.panels[number].prompt for number in group)]
+        seeds = [*(one.seed for one in rows), *(self.script.panels[number].seed for number in group)]
+        with self._inside(method, bank) as contexts:
+            pictures = self._run(prompts, seeds, rows)
+            for number, panel in zip(group, panels, strict=True):
+                made.places[number] = self._found(method, contexts, number - group.start, panel)
+            made.report += [line for context in contexts for line in method.outlook(context, ()).splitlines()[1:]]
+        made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
+        made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
+
+    def _rehearse(self, group: range, made: Story) -> None:
+        """Find who has no place, in what the stock model makes of the same prompts and seeds."""
+        assert self.find is not None
+        script = self.script
+        missing = {
+            number: [name for name, where in (panel.places or {}).items() if where is None]
+            for number in group
+            if (panel := script.panels[number]).found is None
+        }
+        there = {name for number in group for name in script.panels[number].places or {}}
+        alone = [one for one in script.subjects if one.name in there and one.place is None and one.found is None]
+        alone = [one for one in alone if one.picture is None]
+        missing = {number: names for number, names in missing.items() if names}
+        if not missing and not alone:
+            self.call += 1
+            return
+        rows = [*alone, *(script.panels[number] for number in missing)]
+        with attention_of(script.recipe("-"), self.pipe):
+            pictures = self._run([row.prompt for row in rows], [row.seed for row in rows], [])
+        subjects, panels = list(script.subjects), list(script.panels)
+        for one, picture in zip(alone, pictures, strict=False):
+            (where,) = self._located(picture, [one.phrase])
+            subjects[subjects.index(one)] = replace(one, found=where)
+        for (number, names), picture in zip(missing.items(), pictures[len(alone) :], strict=True):
+            where = self._located(picture, [script.subject(name).phrase for name in names])
+            found = dict(zip(names, where, strict=True))
+            panels[number] = replace(panels[number], found=found)
+        self.script = replace(script, subjects=tuple(subjects), panels=tuple(panels))
+
+    def _located(self, picture: Image.Image, phrases: list[str]) -> list[Any]:
+        """What `find` says, as a script writes it."""
+        assert self.find is not None
+        where = list(self.find(picture, phrases))
+        if len(where) != len(phrases):
+            raise ValueError(
+                f"find was asked for {len(phrases)} subjects and told of {len(where)}; return one for each"
+            )
+        return [one if one is None else {"mask": one} if isinstance(one, str) else list(one) for one in where]
+
+    def _panel(self, number: int, made: Story) -> tuple[Place, ...]:
+        panel = self.script.panels[number]
+        assert panel.places is not None, "filled in"
+        places = []
+        for name, where in panel.places.items():
+            where = (panel.found or {}).get(name) if where is None else where
+            if where is not None:
+                places.append(as_place(name, where))
+                continue
+            if panel.found is not None:
+                made.report.append(f"not found: {name!r} in panel {number + 1} (nowhere in the rehearsal)")
+                continue
+            phrase = self.script.subject(name).phrase
+            same = [
+                other
+                for other, there in panel.places.items()
+                if other != name and there is None and self.script.subject(other).phrase.lower() == phrase.lower()
+            ]
+            if same:
+                raise ValueError(
+                    f"{name!r} and {same[0]!r} are both {phrase!r} in panel {number + 1}, which attention maps cannot "
+                    "tell apart; give boxes or masks"
+                )
+            places.append(Place(subject=name, words=words_of(self.pipe, panel.prompt, phrase)))
+        return (*places, *self._background(panel, places))
+
+    def _background(self, panel: Panel, places: Sequence[Place]) -> tuple[Place, ...]:
+        """For models whose text has no start token that takes the rest: all other words of the caption."""
+        taken = {word for place in places for word in place.words}
+        if not taken or "Flux" not in type(self.pipe).__name__:
+            return ()
+        others = tuple(word for word in range(text_tokens(self.pipe, panel.prompt)) if word not in taken)
+        return (Place(subject="", words=others),) if others else ()
+
+    def _reference(self, subject: Subject) -> Place:
+        where = subject.found if subject.place is None else subject.place
+        if where is not None:
+            return as_place(subject.name, where)
+        with contextlib.suppress(ValueError):  # not in its own prompt: then it fills its picture
+            return Place(subject=subject.name, words=words_of(self.pipe, subject.prompt, subject.phrase))
+        return Place(subject=subject.name)
+
+    def _fill(
+        self, method: IsolationRepositionAttnProcessor, subjects: Sequence[Subject], made: Story
+    ) -> tuple[Bank, list[Image.Image]]:
+        """A bank of these references, and their pictures. Raises MemoryError before the first step if it cannot fit."""
+        recorder = replace(method, panels=(), source="record")
+        handle = install(self.pipe, recorder)
+        try:
+            plan = self._plan(recorder, handle.parts[0][0])
+        finally:
+            handle.remove()
+        bank = plan.bank(self.script.bank)
+        made.report.append(str(plan))
+        with self._inside(recorder, bank):
+            return bank, self._run([one.prompt for one in subjects], [one.seed for one in subjects], subjects)
+
+    def _plan(self, recorder: IsolationRepositionAttnProcessor, context: Context) -> BankPlan:
+        infos = [swap.info for item in context.installations for swap in item.swaps if recorder.reads(swap.info.name)]
+        return plan_bank(
+            recorder, infos, self._grids(), steps=self.script.steps, branches=2 if self._guided() else 1,
+            item=torch.finfo(context.model.dtype).bits // 8, limit=self.script.bank,
+        )  # fmt: skip
+
+    def _guided(self) -> bool:
+        return "Flux" not in type(self.pipe).__name__ and (self.script.guidance or 0) > 1
+
+    def _grids(self) -> list[tuple[int, int]]:
+        """(H, W) of every level of the denoiser at this size, finest first."""
+        assert self.script.width is not None and self.script.height is not None
+        height, width = (
+            self.script.height // self.pipe.vae_scale_factor,
+            self.script.width // self.pipe.vae_scale_factor,
+        )
+        if (unet := getattr(self.pipe, "unet", None)) is None:
+            patch = 2 if "Flux" in type(self.pipe).__name__ else self.pipe.transformer.config.patch_size
+            return [(height // patch, width // patch)]
+        grids = []
+        for _ in unet.down_blocks:
+            grids.append((height, width))
+            height, width = (height + 1) // 2, (width + 1) // 2
+        first = next(i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions"))
+        return grids[first:]  # levels count from the first with attention
+
+    @contextlib.contextmanager
+    def _inside(self, method: IsolationRepositionAttnProcessor, bank: Bank | None) -> Iterator[list[Context]]:
+        """The pipeline with the story's attention in it: other attention on its layers, ours on those that are left."""
+        with attention_of(self.script.recipe("-"), self.pipe):
+            taken = _taken(self.pipe)
+            if method.neutral:
+                yield []
+                return
+            try:
+                handle = install(self.pipe, method, layers=(lambda name: name not in taken) if taken else None)
+            except ValueError as error:
+                if taken and "no layer for" in str(error):
+                    names = ", ".join(entry["name"] for entry in self.script.attention)
+                    raise ValueError(
+                        f"{names} takes all layers and leaves none for the subjects; narrow it, for example agent levels=1"
+                    ) from None
+                raise
+            try:
+                contexts = [context for context, _ in handle.parts]
+                for context in contexts:
+                    if bank is not None:
+                        method.cast(context).bank = bank
+                yield contexts
+            finally:
+                handle.remove()
+                for context in contexts:
+                    context.reset()
+
+    def _run(self, prompts: list[str], seeds: list[Any], rows: Sequence[Subject]) -> list[Image.Image]:
+        script = self.script
+        recipe = script.recipe(prompts[0])
+        pictures = {row: opened(one.picture) for row, one in enumerate(rows) if one.picture is not None}
+        assert script.width is not None and script.height is not None
+        pinned = None
+        if pictures:
+            own_seeds = {row: int(seeds[row]) for row in pictures}
+            pinned = Pinned(self.pipe, pictures, own_seeds, (script.width, script.height))
+        more: dict[str, Any] = {"prompt": prompts}
+        if script.negative:
+            more["negative_prompt"] = [script.negative] * len(prompts)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        made = stock_rows(
+            self.pipe, recipe, generators, on_step=self._tell, cancel=self.cancel, began=time.monotonic(),
+            change=pinned, **more,
+        )  # fmt: skip
+        self.call += 1
+        return made
+
+    def _tell(self, event: StepEvent) -> None:
+        if self.on_step is None:
+            return
+        seconds = time.monotonic() - self.began
+        done = (self.call + event.step / event.steps) / self.calls
+        self.on_step(
+            replace(
+                event,
+                step=self.call * event.steps + event.step,
+                steps=self.calls * event.steps,
+                clip=self.call,
+                clips=self.calls,
+                seconds=seconds,
+                eta=seconds / done * (1 - done),
+            )
+        )
+
+    def _found(
+        self, method: IsolationRepositionAttnProcessor, contexts: list[Context], number: int, panel: tuple[Place, ...]
+    ) -> tuple[Place, ...]:
+        found = []
+        for place in panel:
+            if place.automatic and place.subject:
+                masks = [method.cast(context).found.get(("panel", number, place.subject)) for context in contexts]
+                mask = next((mask for mask in masks if mask is not None), None)
+                if mask is not None:
+                    found.append(Place(subject=place.subject, mask=pack_mask(mask)))
+            elif place.subject:
+                found.append(place)
+        return tuple(found)
+
+
+def _filled_in(script: Script, pipe: Any) -> Script:
+    """The script with sizes, seeds, guidance, places and versions as they will be used."""
+    prompts = [*(subject.prompt for subject in script.subjects), *(panel.prompt for panel in script.panels)]
+    recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in prompts]
+    recipe = recipes[0]
+    assert recipe.seed is not None
+    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(pipe, "unet", None), "config", None)
+    if not isinstance(side, int):
+        side = side.sample_size if side is not None else 128
+    own = side * pipe.vae_scale_factor
+    subjects = tuple(
+        one if one.seed is not None else replace(one, seed=_seed(recipe.seed, 0, i))
+        for i, one in enumerate(script.subjects)
+    )
+    panels = tuple(
+        replace(
+            panel,
+            seed=_seed(recipe.seed, 1, i) if panel.seed is None else panel.seed,
+            places=_present(script, panel) if panel.places is None else dict(panel.places),
+        )
+        for i, panel in enumerate(script.panels)
+    )
+    return replace(
+        script, subjects=subjects, panels=panels, seed=recipe.seed, model=recipe.model, guidance=recipe.guidance,
+        dtype=recipe.dtype, width=script.width or own, height=script.height or own, made_with=recipe.made_with,
+    )  # fmt: skip
+
+
+def _present(script: Script, panel: Panel) -> dict[str, Any]:
+    """The subjects whose phrase is in the caption, to be found by it."""
+    return {
+        subject.name: None
+        for subject in script.subjects
+        if re.search(rf"(?<!\w){re.escape(subject.phrase)}(?!\w)", panel.prompt, re.IGNORECASE)
+    }
+
+
+def _seed(seed: int, kind: int, number: int) -> int:
+    """Seeds of their own for references (kind 0) and panels (1); adding one changes no other."""
+    return int(np.random.SeedSequence((seed, kind, number)).generate_state(1, np.uint32)[0])
+
+
+def _names(script: Script) -> list[str]:
+    return [subject.name for subject in script.subjects]
+
+
+def _taken(pipe: Any) -> set[str]:
+    """Layers that carry other attention of ours."""
+    from ..attn_processors.context import context_of
+    from ..attn_processors.installer import denoisers
+
+    contexts = [context for model in denoisers(pipe) if (context := context_of(model)) is not None]
+    return {swap.info.name for context in contexts for item in context.installations for swap in item.swaps}
+
+
+def _there(path: Path) -> Image.Image | None:
+    """A panel made before, if it is in the folder."""
+    if not path.is_file():
+        return None
+    with Image.open(path, formats=["PNG"]) as image:
+        return image.convert("RGB")
