@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .clear import ClearAttnProcessor
     from .compat import BackendUnavailable
     from .context import Context
+    from .dual_scope import DualScopeAttnProcessor
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, install, installed
     from .layer import LayerCall, LayoutError
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
-_METHODS = {"agent": "AgentAttnProcessor", "clear": "ClearAttnProcessor"}  # short name -> class
+_METHODS = {  # short name -> class
+    "agent": "AgentAttnProcessor",
+    "clear": "ClearAttnProcessor",
+    "dual-scope": "DualScopeAttnProcessor",
+}
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
     "AttnMethod": "method",
@@ -40,6 +45,7 @@ _FILES = {  # public name -> file
     "ClearAttnProcessor": "clear",
     "Context": "context",
     "Displaced": "installer",
+    "DualScopeAttnProcessor": "dual_scope",
     "Handle": "installer",
     "LayerCall": "layer",
     "LayerInfo": "method",
@@ -59,6 +65,7 @@ __all__ = [
     "ClearAttnProcessor",
     "Context",
     "Displaced",
+    "DualScopeAttnProcessor",
     "Handle",
     "LayerCall",
     "LayerInfo",

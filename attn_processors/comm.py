@@ -47,12 +47,14 @@ class Comm:
         rank, size: within `group`.
         group: a torch process group; None = the default one, or no group at all with one rank.
         sent: bytes sent so far.
+        place: what this rank is doing, named when another one does not answer.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     sent: int = field(default=0, compare=False)
+    place: str = field(default="", compare=False)
 
     @classmethod
     def of_group(cls, group: Any = None) -> Comm:
@@ -125,8 +127,9 @@ class Comm:
 
     def _lost(self, others: list[int], problem: Exception) -> str:
         names = " or ".join(str(rank) for rank in sorted(set(others)))
+        where = f" in {self.place}" if self.place else ""
         return (
-            f"rank {self.rank} waited in vain for rank {names} of {self.size} "
+            f"rank {self.rank} waited in vain for rank {names} of {self.size}{where} "
             f"({str(problem).strip().splitlines()[0][:160]}); look at that rank's own error, then start all of them again."
         )
 

@@ -18,10 +18,15 @@ METHOD_WORDS: dict[str, str] = {
     STOCK: "As the model was made (stock)",
     "agent": "Agent attention: faster on large pictures (agent)",
     "clear": "Local attention: very large pictures with FLUX and SD3 (clear)",
+    "dual-scope": "Near frames and anchors: videos of any length (dual-scope)",
 }
 
 # What is shown at once; the others unfold.
-FIRST: dict[str, tuple[str, ...]] = {"agent": ("ratio", "levels"), "clear": ("radius", "pattern")}
+FIRST: dict[str, tuple[str, ...]] = {
+    "agent": ("ratio", "levels"),
+    "clear": ("radius", "pattern"),
+    "dual-scope": ("anchors",),
+}
 
 WORDS: dict[str, tuple[str, str]] = {
     # setting: (label, hint)
@@ -49,6 +54,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "start": ("Begins after", "Share of the steps; before it the model's own attention"),
     "until": ("Ends after", "Share of the steps; after it the model's own attention"),
     "backend": ("Who computes it", "Same picture; auto takes the fastest that runs here"),
+    "window": ("How many near frames are seen", "Itself included; empty is the length of the training clips"),
+    "anchors": ("How many frames from all over", "More keeps things alike over the film, and is slower"),
+    "train_frames": ("Length of the training clips", "In frames; 16 for AnimateDiff"),
+    "token_scale": ("Sharper where more is seen", "none, log, or sqrt_log of the frames seen"),
     "on_mismatch": ("If the picture's size does not fit", "raise: say so; stock: the model's own attention there"),
 }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..layer import LayerProcessor
-from ..method import LayerInfo
+from ..method import AttnMethod, LayerInfo
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -25,7 +25,7 @@ FAMILIES = {  # class name -> file
     "UNet2DConditionModel": "unet",
     "UNet2DModel": "unet",
     "UNet3DConditionModel": "unet",
-    "UNetMotionModel": "unet",
+    "UNetMotionModel": "video_unet",
     "ControlNetModel": "unet",
     "FluxTransformer2DModel": "flux",
     "FluxControlNetModel": "flux",
@@ -59,6 +59,10 @@ class Family:
         May be traced by torch.compile: store integers and references to tensors, convert nothing.
         """
         raise NotImplementedError
+
+    def places(self, model: nn.Module, method: AttnMethod) -> list[tuple[nn.Module, str, Any]]:
+        """Patches that leave the places of frames to `method`, in models that add them before temporal attention."""
+        return []
 
     def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
         """Hook the model so that it computes on some rows of the picture only; returns handles with `remove`.
