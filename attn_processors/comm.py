@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Comm", "RankLost", "split_rows"]
+__all__ = ["Comm", "RankLost", "Span", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
 
@@ -37,6 +37,12 @@ def split_rows(rows: int, ranks: int, multiple: int = 1) -> list[Span]:
         )
     ends = [min(rows, (units * (rank + 1) // ranks) * multiple) for rank in range(ranks)]
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def rows_sent(rank: int, parts: Sequence[Span], wanted: Sequence[Span]) -> int:
+    """How many rows `collect` makes a rank send, all others together."""
+    overlaps = [_overlap(parts[rank], span) for other, span in enumerate(wanted) if other != rank]
+    return sum(max(0, high - low) for low, high in overlaps)
 
 
 @dataclass(eq=False)

@@ -58,9 +58,9 @@ class Swap:
 
 @dataclass(eq=False)
 class Patch:
-    """One attribute of one module instance in our hands."""
+    """One attribute of one object, nearly always a module, in our hands."""
 
-    module: nn.Module
+    module: Any
     attribute: str
     replacement: Any
     original: Any
