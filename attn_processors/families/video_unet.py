@@ -18,6 +18,7 @@ from ..method import LayerInfo
 from .unet import UNetFamily, UNetLayer, depth
 
 if TYPE_CHECKING:
+    from ..context import Context
     from ..method import AttnMethod
 
 TEMPORAL = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]")
@@ -86,6 +87,11 @@ class VideoUNetFamily(UNetFamily):
             for name, module, level in found
         ]
         return super().layers(model) + temporal
+
+    def read(self, context: Context, args: tuple, kwargs: dict) -> None:
+        super().read(context, args, kwargs)
+        if context.clip is not None:  # the latents may stay in host memory
+            context.device = next(context.model.parameters()).device
 
     def places(self, model: nn.Module, method: AttnMethod) -> list[tuple[nn.Module, str, Any]]:
         """Patches for blocks whose attentions carry `method`, so that it puts the places in. Both must, or none."""

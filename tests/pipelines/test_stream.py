@@ -145,9 +145,9 @@ def test_everything_is_put_back_also_after_an_error():
     model, (sample, text) = motion_unet(), inputs(7)
     handle = install(model, "dual-scope", **SETTINGS)
     want = call(model, sample, text)
-    with pytest.raises(ValueError, match="owns frames 0 to 6, but the model was called with 7"):
-        with streamed(model, 6, comm=Comm()):
-            call(model, sample, text)
+    problem = "owns frames 0 to 6, but the model was called with 7"
+    with pytest.raises(ValueError, match=problem), streamed(model, 6, comm=Comm()):
+        call(model, sample, text)
     assert torch.equal(call(model, sample, text), want)
     handle.remove()
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -197,9 +197,10 @@ def test_what_cannot_be_streamed_says_so(unet, animatediff):
 
 
 def test_a_rank_that_does_not_answer_is_named_with_the_layer(monkeypatch):
-    monkeypatch.setattr(
-        Comm, "_exchange", lambda self, messages: (_ for _ in ()).throw(RankLost(self._lost([1], OSError("gone"))))
-    )
+    def fail(self, messages):
+        raise RankLost(self._lost([1], OSError("gone")))
+
+    monkeypatch.setattr(Comm, "_exchange", fail)
     model = motion_unet()
     install(model, "dual-scope", **SETTINGS)
     where = r"rank 0 waited in vain for rank 1 of 2 in down_blocks.0.motion_modules.0.norm \(gone\)"
