@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["Comm", "RankLost", "Span", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
+TROUBLE = "reattend/trouble"  # key in the store of the process group
 
 
 class RankLost(RuntimeError):
@@ -134,10 +135,26 @@ class Comm:
     def _lost(self, others: list[int], problem: Exception) -> str:
         names = " or ".join(str(rank) for rank in sorted(set(others)))
         where = f" in {self.place}" if self.place else ""
+        lost = f"rank {self.rank} waited in vain for rank {names} of {self.size}{where}"
+        first = self.tell(lost)
+        told = "" if first in (None, lost) else f"; the first word of trouble: {first}"
         return (
-            f"rank {self.rank} waited in vain for rank {names} of {self.size}{where} "
-            f"({str(problem).strip().splitlines()[0][:160]}); look at that rank's own error, then start all of them again."
+            f"{lost} ({str(problem).strip().splitlines()[0][:160]}){told}; look at that rank's own error, then start all of "
+            "them again."
         )
+
+    def tell(self, trouble: str) -> str | None:
+        """Leave word of what went wrong for the other ranks; gives the first such word, None where none can be left.
+
+        A rank that is left behind sees only that a connection closed, often to a rank that was left behind itself.
+        """
+        if self.size == 1 or not dist.is_initialized():
+            return None
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.compare_set(TROUBLE, "", trouble).decode()
+        except (RuntimeError, ValueError):  # the host of the store is gone, too
+            return None
 
 
 def _overlap(a: Span, b: Span) -> Span:

@@ -13,16 +13,20 @@ from .events import Cancelled, CancelToken, StepEvent
 from .load import ModelUnavailable, bundled, load
 from .recipe import Recipe
 from .stages import Upscale
+from .videos import Video
 
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
+    from .filming import Film, long_video
     from .image import Picture, generate, preview
     from .splitting import patches
     from .upscaling import upscale
 
 _HOME = {
+    "Film": ".filming",
     "Picture": ".image",
     "generate": ".image",
+    "long_video": ".filming",
     "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
@@ -30,8 +34,8 @@ _HOME = {
 }
 
 __all__ = [
-    "CancelToken", "Cancelled", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale",
-    "bundled", "generate", "load", "patches", "pluggable", "preview", "upscale",
+    "CancelToken", "Cancelled", "Film", "ModelUnavailable", "Picture", "Recipe", "StepEvent", "Upscale", "Video",
+    "bundled", "generate", "load", "long_video", "patches", "pluggable", "preview", "upscale",
 ]  # fmt: skip
 
 

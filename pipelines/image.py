@@ -98,9 +98,9 @@ def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
     """
     accepts = inspect.signature(pipe.__call__).parameters
     _check_makes_pictures(pipe, accepts)
-    recipe = _filled_in(recipe, pipe, accepts)
+    recipe = completed(recipe, pipe, accepts)
     for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
-        _check_length(name, text, pipe, accepts)
+        check_length(name, text, pipe, accepts)
     return recipe
 
 
@@ -128,7 +128,7 @@ def stock_call(
     Raises:
         as `generate`.
     """
-    clock = _Clock(began)
+    clock = Clock(began)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -178,14 +178,14 @@ def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
     return pipe.image_processor.postprocess(decoded.float().nan_to_num(), output_type="pil")[0]
 
 
-class _Clock:
+class Clock:
     """Times the steps. The first one counts apart from the others, because loading and text encoding come with it."""
 
     def __init__(self, began: float) -> None:
         self.began = began
         self.first: float | None = None
 
-    def event(self, step: int, steps: int, latents: torch.Tensor) -> StepEvent:
+    def event(self, step: int, steps: int, latents: torch.Tensor | None) -> StepEvent:
         now = time.monotonic()
         if self.first is None:
             self.first = now
@@ -203,7 +203,7 @@ def _check_makes_pictures(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -
         )
 
 
-def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
+def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
     """The recipe with seed, guidance, numbers, model and versions as they will be used."""
     dtype = str(pipe.dtype).removeprefix("torch.")
     if recipe.dtype not in (None, dtype):
@@ -234,7 +234,7 @@ def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Paramete
     )
 
 
-def _check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
+def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
     """Raise ValueError if no text encoder sees the whole text; stock pipelines cut it off with a warning."""
     found = []  # (tokens, allowed) for each tokenizer
     for part, tokenizer in pipe.components.items():
@@ -288,19 +288,19 @@ def without_progress_bar(pipe: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_memory(recipe: Recipe) -> Iterator[None]:
+def told_memory(what: str, advice: str) -> Iterator[None]:
     """Say in one sentence that memory ran out; torch has one class for it on devices and none on the CPU."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            size = (
-                f"{recipe.width} x {recipe.height} pixels" if recipe.width and recipe.height else "the model's own size"
-            )
-            raise MemoryError(
-                f"not enough memory for a picture of {size}; choose a smaller width and height"
-            ) from error
+            raise MemoryError(f"not enough memory for {what}; choose {advice}") from error
         raise
+
+
+def _told_memory(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    size = f"{recipe.width} x {recipe.height} pixels" if recipe.width and recipe.height else "the model's own size"
+    return told_memory(f"a picture of {size}", "a smaller width and height")
 
 
 def _picture(output: Any) -> Image.Image:

@@ -8,7 +8,6 @@ which diffusers takes one generator per row. Everything else a scheduler does is
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -47,7 +46,7 @@ class PerFrameStep:
         if self.draws:
             kwargs["generator"] = [generator(self.seed, "step", float(timestep), i) for i in range(*self.own)]
         out = self.stock(_rows(model_output), timestep, _rows(sample), *args, **kwargs)
-        if isinstance(out, tuple) and not dataclasses.is_dataclass(out):
+        if isinstance(out, tuple):  # return_dict=False
             return tuple(_film(value) for value in out)
         return type(out)(**{name: _film(value) for name, value in out.items()})
 

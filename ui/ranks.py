@@ -60,8 +60,11 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the processes torchrun started, for the length of a with block."""
+def joined(timeout: float | None = None) -> Iterator[Ranks]:
+    """Join the processes torchrun started, for the length of a with block.
+
+    timeout: seconds without an answer after which a rank counts as lost; None = TIMEOUT.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks()
         return
@@ -71,7 +74,8 @@ def joined() -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # small messages lie on the CPU
+    dist.init_process_group(backend, timeout=TIMEOUT if timeout is None else datetime.timedelta(seconds=timeout))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local)
     finally:
