@@ -97,6 +97,10 @@ def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
         ValueError: if `pipe` makes no pictures from text, or cannot do what the recipe asks for.
     """
     accepts = inspect.signature(pipe.__call__).parameters
+    if recipe.video is not None:
+        raise ValueError(
+            "the recipe is that of a film; call long_video (reattend video), or set its video to None for a picture"
+        )
     _check_makes_pictures(pipe, accepts)
     recipe = completed(recipe, pipe, accepts)
     for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):

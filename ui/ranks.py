@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ..pipelines.recipe import Recipe
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["TIMEOUT", "Ranks", "joined"]
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)  # without an answer for so long, a rank counts as lost
 
@@ -52,11 +54,17 @@ class Ranks:
             return recipe
         import secrets
 
+        return replace(recipe, seed=self.agreed(secrets.randbelow(2**32)))
+
+    def agreed(self, value: T) -> T:
+        """What the first rank gives here, on every rank."""
+        if not self.split:
+            return value
         import torch.distributed as dist
 
-        drawn = [secrets.randbelow(2**32)]
-        dist.broadcast_object_list(drawn, src=0)
-        return replace(recipe, seed=drawn[0])
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
 
 @contextmanager
