@@ -31,7 +31,7 @@ class LayerInfo:
     """What a family tells a method about one attention layer before anything runs."""
 
     name: str  # module path inside the denoiser
-    role: str  # "spatial" (image tokens among themselves), "joint" (image and text tokens together)
+    role: str  # "spatial" (image tokens among themselves), "joint" (image and text tokens), "temporal" (frames)
     level: int  # 0 = the highest resolution that has attention of this role
     heads: int
     width: int  # heads * head dimension
