@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ class AttnMethod:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> AttnMethod:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Build from a dict whose values may be strings, as they come from a command line ("0.4" -> 0.4).
 
         Raises ValueError for an unknown key or a bad value, TypeError for a value of the wrong type.
