@@ -122,6 +122,11 @@ class Context:
         """Index of this timestep in `pipe.scheduler.timesteps`; None for a bare model or an unknown timestep."""
         return self._locate()[1]
 
+    def reset(self) -> None:
+        """Forget what methods kept and where the last run was."""
+        self.slots.clear()
+        self._last, self._position = 0, None
+
     # -- the hook -----------------------------------------------------------------------------------------------------
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -76,6 +76,7 @@ class JointCall(LayerCall):
             return x
         return self._joint.rotate(x, tuple(table[places] for table in self.rotary))
 
+    @property
     def picture(self) -> Tensor:
         start = self.layout.before if self.text is None else 0
         return self.x[:, start : start + self.layout.grid_tokens]
