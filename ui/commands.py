@@ -254,8 +254,9 @@ class Evaluate:
 class Bench:
     """Measure speed and memory against stock attention and against what one would use instead."""
 
-    what: Positional[Literal["agent", "clear"]]
-    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, or CLEAR in a block of FLUX; random weights."""
+    what: Positional[Literal["agent", "clear", "distill"]]
+    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, CLEAR in a block of FLUX, or a step of the trainer
+    on tiny-flux; random weights."""
     minutes: float = 20.0
     """Time limit; rounds that would not fit are left out."""
     quick: bool = False
@@ -269,14 +270,14 @@ class Bench:
 
     def run(self) -> None:
         """Measure. Raises ValueError for bad input."""
-        from ..bench import agent, clear
+        from ..bench import agent, clear, distill
         from ..pipelines.files import check_writable
         from ..pipelines.load import find_device
 
         if self.out is not None:
             check_writable(self.out)
         device = None if self.device is None else str(find_device(self.device))
-        run = {"agent": agent.run, "clear": clear.run}[self.what]
+        run = {"agent": agent.run, "clear": clear.run, "distill": distill.run}[self.what]
         run(minutes=self.minutes, quick=self.quick, json=self.json, out=self.out, device=device)
 
 
