@@ -122,9 +122,10 @@ def evaluate(
             made.append((role, pixels, latents.float()))
         (_, theirs, teacher), (_, ours, latents) = sorted(made, key=lambda entry: entry[0])
         errors.append(float((latents - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)))
-        pair = [torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 for pixels in (ours, theirs)]
-        psnrs.append(min(float(peak_signal_noise_ratio(*pair, data_range=1.0)), 100.0))  # equal pictures: infinite
-        ssims.append(float(structural_similarity_index_measure(*pair, data_range=1.0)))
+        a, b = (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 for pixels in (ours, theirs))
+        psnrs.append(min(float(peak_signal_noise_ratio(a, b, data_range=1.0)), 100.0))  # equal pictures: infinite
+        similarity: Any = structural_similarity_index_measure(a, b, data_range=1.0)
+        ssims.append(float(similarity))
         if judge is not None:
             scores.append((float(judge(theirs, prompt)), float(judge(ours, prompt))))
         if on_progress is not None:
