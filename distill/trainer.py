@@ -343,7 +343,10 @@ class Run:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
-            error = validate(self.pipe, self.roles, self.samples, self.config, self.step, writes=self.ranks.first)
+            error = validate(
+                self.pipe, self.roles, self.samples, self.config, self.step,
+                autocast=self.ranks.accelerator.autocast, writes=self.ranks.first,
+            )  # fmt: skip
         finally:
             if self.ema is not None:
                 self.ema.restore(self.parameters)

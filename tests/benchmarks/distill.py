@@ -28,7 +28,7 @@ from .measure import Run, measured, surroundings
 __all__ = ["run", "table"]
 
 ONE, TWO = "one model", "two models"
-ROUNDS, STEPS = 7, 3  # rounds; steps of one measurement
+ROUNDS = 15  # of one step of each arm, so that a slow moment hits one pair only
 TEXT, BATCH, SIDE = 64, 4, 16  # text tokens, samples, tokens along a side
 SPEED, STATE = 0.97, 0.7  # goals: at least, at most (the latter at FLUX size)
 RADIUS = 4.0
@@ -112,14 +112,13 @@ def run(*, minutes: float = 20.0, quick: bool = False, json: bool = False, out: 
     losses: dict[str, list[float]] = {name: [] for name in arms}
 
     def work(name: str) -> Callable[[], None]:
-        def steps() -> None:
+        def step() -> None:
             with torch.enable_grad():
-                for _ in range(1 if quick else STEPS):
-                    losses[name].append(float(arms[name].step(inputs, target)))
-                    optimizers[name].step()
-                    optimizers[name].zero_grad()
+                losses[name].append(float(arms[name].step(inputs, target)))
+                optimizers[name].step()
+                optimizers[name].zero_grad()
 
-        return steps
+        return step
 
     for name in arms:
         work(name)()  # warm up
@@ -135,7 +134,7 @@ def run(*, minutes: float = 20.0, quick: bool = False, json: bool = False, out: 
         "dtype": "float32",
         "model": f"{_millions(model.parameters())} M parameters, {_millions(arms[ONE].trained)} M trained",
         "rounds": len(runs[ONE]),
-        "arms": {name: _summary(name, arms[name], runs, losses[name]) for name in arms},
+        "arms": {name: _summary(name, arms[name], runs) for name in arms},
         "same_losses": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
     }
     if not quick:
@@ -206,9 +205,8 @@ def state_bytes(models: list[nn.Module], trained: list[nn.Parameter]) -> int:
     return sum(weights.values()) + 3 * sum(p.nbytes for p in trained)
 
 
-def _summary(name: str, arm: Any, runs: dict[str, list[Run]], losses: list[float]) -> dict[str, Any]:
-    each = max(1, (len(losses) - 1) // max(1, len(runs[name])))
-    times = [run.seconds / each for run in runs[name]]
+def _summary(name: str, arm: Any, runs: dict[str, list[Run]]) -> dict[str, Any]:
+    times = [run.seconds for run in runs[name]]
     speeds = [b.seconds / a.seconds for a, b in zip(runs[name], runs[TWO], strict=True)]
     peaks = [run.peak_mib for run in runs[name] if run.peak_mib is not None]
     state, plain = state_bytes(arm.models, arm.trained), _plain_state(arm)
