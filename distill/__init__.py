@@ -17,6 +17,7 @@ if __name__ != "reattend.distill":
     raise ImportError("import reattend.distill instead of this bare folder; first: pip install -e .")
 
 if TYPE_CHECKING:
+    from .comparison import evaluate
     from .config import DistillConfig
     from .data import make_dataset
     from .linear_folder import load_linear, save_linear
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 _FILES = {  # public name -> file
     "DistillConfig": "config",
     "distill": "trainer",
+    "evaluate": "comparison",
     "load_linear": "linear_folder",
     "make_dataset": "data",
     "save_linear": "linear_folder",
 }
 
-__all__ = ["DistillConfig", "distill", "load_linear", "make_dataset", "save_linear"]
+__all__ = ["DistillConfig", "distill", "evaluate", "load_linear", "make_dataset", "save_linear"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,7 +67,7 @@ class DistillConfig:
         log_every: steps between lines of the log.
         validate_every: steps between pictures of the student beside the teacher; 0 = none.
         validation_prompts: what they show.
-        validation_steps: their denoising steps.
+        validation_steps: their denoising steps, and those of samples that are made from a file of prompts.
         bad_steps: steps in a row with a loss that is no number, before the run gives up; such steps change nothing.
         trackers: "tensorboard", "wandb", "trackio": where to report besides the log, by accelerate.
 
@@ -131,10 +131,10 @@ class DistillConfig:
                                 ("keep", 1, 10**6), ("log_every", 1, 10**9), ("validate_every", 0, 10**9),
                                 ("validation_steps", 1, 1000), ("bad_steps", 1, 10**6)):  # fmt: skip
             check_number(name, getattr(self, name), int, low, high)
-        for name, low, most in (("lr", 0.0, 1e3), ("weight_decay", 0.0, 1e3), ("clip", 0.0, 1e9), ("guidance", 0.0, 100.0),
+        for name, least, most in (("lr", 0.0, 1e3), ("weight_decay", 0.0, 1e3), ("clip", 0.0, 1e9), ("guidance", 0.0, 100.0),
                                 ("flow_weight", 0.0, 1e6), ("output_weight", 0.0, 1e6), ("attention_weight", 0.0, 1e6),
                                 ("ema", 0.0, 0.999999)):  # fmt: skip
-            check_number(name, getattr(self, name), float, low, most)
+            check_number(name, getattr(self, name), float, least, most)
         if self.rank is not None:
             check_number("rank", self.rank, int, 1, 65_536)
         if self.dropout is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attn_processors import ATTN_PROCESSORS
+from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
 from ..pipelines.events import CancelToken
 from ..pipelines.files import check_writable
 from . import checkpoint
@@ -228,7 +228,8 @@ class Run:
         noises, levels, dropped = [], [], []
         for place in places:
             generator = torch.Generator().manual_seed(mixed(config.seed, self.step, place))
-            normal, uniform, chance = torch.randn(1, generator=generator), *torch.rand(2, 1, generator=generator)
+            normal = torch.randn(1, generator=generator)
+            uniform, chance = torch.rand(2, 1, generator=generator).unbind(0)
             levels.append(normal.sigmoid() if config.times == "logit-normal" else uniform)
             dropped.append(chance < share)
             noises.append(torch.randn(shape, generator=generator))
@@ -342,7 +343,10 @@ class Run:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
-            error = validate(self.pipe, self.roles, self.samples, self.config, self.step, writes=self.ranks.first)
+            error = validate(
+                self.pipe, self.roles, self.samples, self.config, self.step,
+                autocast=self.ranks.accelerator.autocast, writes=self.ranks.first,
+            )  # fmt: skip
         finally:
             if self.ema is not None:
                 self.ema.restore(self.parameters)
@@ -356,9 +360,10 @@ class Run:
         """The method with the radius of this step: from the picture's diagonal down to its own, in whole tokens."""
         left = 1 - min(self.step / self.config.radius_steps, 1.0)
         most = math.hypot(*self.denoising.grid(size)) + 1
-        target = self.method.radius  # type: ignore[attr-defined]
+        assert isinstance(self.method, ClearAttnProcessor) and isinstance(self.roles.method, ClearAttnProcessor)
+        target = self.method.radius
         radius = target if left == 0 else max(target, float(math.ceil(target + left * (most - target))))
-        return replace(self.method, radius=radius) if radius != self.roles.method.radius else self.roles.method  # type: ignore[attr-defined]
+        return self.roles.method if radius == self.roles.method.radius else replace(self.method, radius=radius)
 
 
 def _samples(config: DistillConfig, pipe: Any, ranks: Ranks) -> Samples:

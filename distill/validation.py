@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,18 @@ __all__ = ["picture", "validate"]
 
 
 def validate(
-    pipe: Any, roles: TwoRoles, samples: Samples, config: DistillConfig, step: int, *, writes: bool = True
+    pipe: Any,
+    roles: TwoRoles,
+    samples: Samples,
+    config: DistillConfig,
+    step: int,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    writes: bool = True,
 ) -> float:
     """Write `pictures/step-NNNNNNNN.png`, a row for each prompt with teacher and student.
+
+    `autocast` is what the student runs under: its trained weights are fp32 beside those of the pipeline.
 
     Returns:
         mean squared error of the student's final latents to the teacher's.
@@ -34,7 +45,7 @@ def validate(
     for number, prompt in enumerate(config.validation_prompts):
         settings = (pipe, prompt, size, config.validation_steps, config.seed + number, samples.about.get("text_length"))
         teacher, theirs = picture(*settings)
-        with roles.student():
+        with roles.student(), autocast():
             student, ours = picture(*settings)
         rows.append(np.concatenate([teacher, student], axis=1))
         errors.append(float((ours.float() - theirs.float()).square().mean()))

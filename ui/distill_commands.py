@@ -204,6 +204,74 @@ class Plan:
         print(found.to_json() if self.json else found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Tell how near a student's pictures are to its teacher's, in pairs with the same prompt and noise, and how fast."""
+
+    student: Annotated[Path, Positional, FILE, arg(metavar="STUDENT")]
+    """Folder of a student, or a weight file published with CLEAR."""
+    model: Annotated[str, TEXT]
+    """The teacher: bundled name, local diffusers folder, or hub id."""
+    prompts: Annotated[Path | None, FILE, default("captions of the emoji world")] = None
+    """Text file with a prompt on each line; a pair of pictures for each."""
+    samples: int = 200
+    """How many captions of the emoji world, where no prompts are given; the reader then tells whose pictures are right."""
+    size: Annotated[str, TEXT, arg(metavar="WIDTHxHEIGHT")] = "256x256"
+    """Of the pictures, in pixels."""
+    steps: int = 10
+    """Denoising steps."""
+    text_length: Annotated[int | None, WHOLE, default("the model's own")] = None
+    """Text tokens that prompts are padded to."""
+    seed: int = 0
+    """Chooses captions and noise."""
+    device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
+    """Where to compute."""
+    dtype: Annotated[str | None, TEXT, default("float32 on a CPU, 16 bits on CUDA")] = None
+    """Numbers to compute in: float32, float16 or bfloat16."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> None:
+        """Compare. Raises ValueError or TypeError for bad input."""
+        size = read_size(self.size)
+        if not self.student.exists():
+            raise ValueError(f"there is no student at {self.student}; give the folder that a run wrote")
+        if self.samples < 1:
+            raise ValueError(f"--samples is at least 1, got {self.samples}")
+        import numpy as np
+        from tqdm import tqdm
+
+        from ..distill.comparison import evaluate
+        from ..distill.data import read_prompts
+        from ..emoji_world.read import read, score
+        from ..emoji_world.world import sample_captions
+        from ..pipelines.load import load
+
+        judge = None
+        if self.prompts is not None:
+            prompts = read_prompts(self.prompts)
+        else:
+            prompts = sample_captions(np.random.default_rng(self.seed), self.samples)
+
+            def judge(pixels: np.ndarray, prompt: str) -> float:
+                found = score(read(pixels), prompt)
+                return float(found.kinds and found.background and found.tints_right == found.named)
+
+        quiet_libraries()
+        pipe = load(self.model, device=self.device, dtype=self.dtype)
+        with tqdm(unit="pair", file=sys.stderr, disable=None, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = evaluate(
+                pipe, self.student, prompts, size=size, steps=self.steps, seed=self.seed, text_length=self.text_length,
+                judge=judge, on_progress=show,
+            )  # fmt: skip
+        print(found.to_json() if self.json else found)
+
+
 def to_config(command: Run | Plan) -> Any:
     """The configuration of the recipe, with the options that were given."""
     from ..distill.config import DistillConfig
@@ -227,7 +295,12 @@ def to_config(command: Run | Plan) -> Any:
 class Distill:
     """Train a pretrained diffusion transformer into a linear one."""
 
-    what: Annotated[Data, subcommand("data")] | Annotated[Run, subcommand("run")] | Annotated[Plan, subcommand("plan")]
+    what: (
+        Annotated[Data, subcommand("data")]
+        | Annotated[Run, subcommand("run")]
+        | Annotated[Plan, subcommand("plan")]
+        | Annotated[Compare, subcommand("evaluate")]
+    )
 
     def run(self) -> None:
         self.what.run()

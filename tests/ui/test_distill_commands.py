@@ -67,6 +67,34 @@ def test_the_student_makes_pictures_from_the_command_line(capsys):
     assert "--linear nothing is not there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["prompts", "captions and reader"])
+def test_a_student_is_compared_with_its_teacher(own, capsys):
+    from reattend.attn_processors import ClearAttnProcessor
+    from reattend.distill import save_linear
+
+    save_linear("student", tiny.flux_pipeline().transformer, ClearAttnProcessor(radius=2), {})
+    argv = [
+        "distill",
+        "evaluate",
+        "student",
+        "--model",
+        "tiny-flux",
+        "--size",
+        "32x32",
+        "--steps",
+        "2",
+        "--text-length",
+        "32",
+    ]
+    argv += ["--prompts", "prompts.txt"] if own else ["--samples", "2"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 2 and found["latent_error"]["mean"] > 0
+    assert (found["scores"] is None) == own
+    assert main([*argv[:2], "nothing", *argv[3:]]) == 2
+    assert "there is no student at nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
