@@ -30,11 +30,13 @@ class FluxJoint(JointLayer):
     def rotate(self, x: Tensor, rotary: Any) -> Tensor:
         return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
-    def rotary_at(self, places: Tensor) -> Any:
+    def rotary_at(self, places: Tensor, rotary: Any) -> Any:
         ids = self.context.slots["flux img_ids"]
         first = (ids[0] if ids.ndim == 3 else ids)[:1].to(places)  # grids need not begin at 0
-        places = torch.cat([first[:, :1].expand(len(places), 1), first[:, 1:] + places], dim=1)
-        return self.context.model.pos_embed(places.to(ids.device))
+        beyond = places.shape[1] + 1  # FLUX.2 has a fourth column
+        columns = [first[:, :1].expand(len(places), 1), first[:, 1:beyond] + places]
+        columns.append(first[:, beyond:].expand(len(places), -1))
+        return self.context.model.pos_embed(torch.cat(columns, dim=1).to(ids.device))
 
     def split(self, attn: Any, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, attn.head_dim))  # tensor parallelism leaves fewer heads than attn.heads

@@ -74,14 +74,15 @@ class JointCall(LayerCall):
     def rotated(self, x: Tensor, places: Tensor) -> Tensor:
         if self.rotary is None:
             return x
-        return self._joint.rotate(x, tuple(table[places] for table in self.rotary))
+        return self._joint.rotate(x, self._joint.rotary_of(places, self.rotary))
 
+    @property
     def picture(self) -> Tensor:
         start = self.layout.before if self.text is None else 0
         return self.x[:, start : start + self.layout.grid_tokens]
 
     def keys_at(self, x: Tensor, places: Tensor) -> Tensor:
-        return self._joint.rotate(self.to_k(x), self._joint.rotary_at(places))
+        return self._joint.rotate(self.to_k(x), self._joint.rotary_at(places, self.rotary))
 
     def _joined(self, which: str) -> Tensor:
         """Image and text projections in the layer's order, before the rotary embedding: (B, layout.tokens, h, d)."""
@@ -155,7 +156,11 @@ class JointLayer(LayerProcessor):
         """Queries or keys (B, N, h, d) with the rotary embedding of the call; here there is none."""
         return x
 
-    def rotary_at(self, places: Tensor) -> Any:
+    def rotary_of(self, places: Tensor, rotary: Any) -> Any:
+        """What `rotate` needs for tokens at these places (n,) in the sequence, from that of the whole sequence."""
+        return tuple(table[places] for table in rotary)
+
+    def rotary_at(self, places: Tensor, rotary: Any) -> Any:
         """What `rotate` needs for image tokens at (row, column) of `places` (n, 2), fractions allowed."""
         return None
 
@@ -180,7 +185,7 @@ class JointLayer(LayerProcessor):
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
     """Pairs of channels turned in the plane: x (B, N, h, d), unit complex numbers that broadcast to (B, N, h, d / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
 
 
