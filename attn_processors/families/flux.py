@@ -30,7 +30,7 @@ class FluxJoint(JointLayer):
     def rotate(self, x: Tensor, rotary: Any) -> Tensor:
         return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
-    def rotary_at(self, places: Tensor, rotary: Any) -> Any:
+    def rotary_at(self, places: Tensor) -> Any:
         ids = self.context.slots["flux img_ids"]
         first = (ids[0] if ids.ndim == 3 else ids)[:1].to(places)  # grids need not begin at 0
         beyond = places.shape[1] + 1  # FLUX.2 has a fourth column

@@ -82,7 +82,7 @@ class JointCall(LayerCall):
         return self.x[:, start : start + self.layout.grid_tokens]
 
     def keys_at(self, x: Tensor, places: Tensor) -> Tensor:
-        return self._joint.rotate(self.to_k(x), self._joint.rotary_at(places, self.rotary))
+        return self._joint.rotate(self.to_k(x), self._joint.rotary_at(places))
 
     def _joined(self, which: str) -> Tensor:
         """Image and text projections in the layer's order, before the rotary embedding: (B, layout.tokens, h, d)."""
@@ -160,7 +160,7 @@ class JointLayer(LayerProcessor):
         """What `rotate` needs for tokens at these places (n,) in the sequence, from that of the whole sequence."""
         return tuple(table[places] for table in rotary)
 
-    def rotary_at(self, places: Tensor, rotary: Any) -> Any:
+    def rotary_at(self, places: Tensor) -> Any:
         """What `rotate` needs for image tokens at (row, column) of `places` (n, 2), fractions allowed."""
         return None
 

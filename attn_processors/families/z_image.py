@@ -64,7 +64,7 @@ class ZImageLayer(JointLayer):
     def rotary_of(self, places: Tensor, rotary: Any) -> Any:
         return rotary[:, places]
 
-    def rotary_at(self, places: Tensor, rotary: Any) -> Any:
+    def rotary_at(self, places: Tensor) -> Any:
         raise UnsupportedModel(
             "Z-Image places a picture behind its caption, elsewhere in each row, so keys of other pictures cannot be placed "
             "in it yet; use FLUX, FLUX.2, Qwen-Image or Stable Diffusion 3."
