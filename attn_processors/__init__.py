@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .clear import ClearAttnProcessor
     from .compat import BackendUnavailable
     from .context import Context
+    from .dual_scope import DualScopeAttnProcessor
     from .families import UnsupportedModel
     from .installer import Displaced, Handle, install, installed
     from .isolation_reposition import IsolationRepositionAttnProcessor
@@ -50,6 +51,7 @@ _METHODS = {  # short name -> class
     "flow": "FlowAttnProcessor",
     "agent-joint": "AgentJointAttnProcessor",
     "isolation-reposition": "IsolationRepositionAttnProcessor",
+    "dual-scope": "DualScopeAttnProcessor",
 }
 _FILES = {  # public name -> file
     "AgentAttnProcessor": "agent",
@@ -59,6 +61,7 @@ _FILES = {  # public name -> file
     "ClearAttnProcessor": "clear",
     "Context": "context",
     "Displaced": "installer",
+    "DualScopeAttnProcessor": "dual_scope",
     "FlowAttnProcessor": "linear_forms",
     "Handle": "installer",
     "InLineAttnProcessor": "linear_forms",
@@ -85,6 +88,7 @@ __all__ = [
     "ClearAttnProcessor",
     "Context",
     "Displaced",
+    "DualScopeAttnProcessor",
     "FlowAttnProcessor",
     "Handle",
     "InLineAttnProcessor",

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Comm", "RankLost", "split_rows"]
+__all__ = ["Comm", "RankLost", "Span", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
+TROUBLE = "reattend/trouble"  # key in the store of the process group
 
 
 class RankLost(RuntimeError):
@@ -39,6 +40,12 @@ def split_rows(rows: int, ranks: int, multiple: int = 1) -> list[Span]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def rows_sent(rank: int, parts: Sequence[Span], wanted: Sequence[Span]) -> int:
+    """How many rows `collect` makes a rank send, all others together."""
+    overlaps = [_overlap(parts[rank], span) for other, span in enumerate(wanted) if other != rank]
+    return sum(max(0, high - low) for low, high in overlaps)
+
+
 @dataclass(eq=False)
 class Comm:
     """One rank's side of the exchange.
@@ -47,12 +54,14 @@ class Comm:
         rank, size: within `group`.
         group: a torch process group; None = the default one, or no group at all with one rank.
         sent: bytes sent so far.
+        place: what this rank is doing, named when another one does not answer.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     sent: int = field(default=0, compare=False)
+    place: str = field(default="", compare=False)
 
     @classmethod
     def of_group(cls, group: Any = None) -> Comm:
@@ -125,10 +134,27 @@ class Comm:
 
     def _lost(self, others: list[int], problem: Exception) -> str:
         names = " or ".join(str(rank) for rank in sorted(set(others)))
+        where = f" in {self.place}" if self.place else ""
+        lost = f"rank {self.rank} waited in vain for rank {names} of {self.size}{where}"
+        first = self.tell(lost)
+        told = "" if first in (None, lost) else f"; the first word of trouble: {first}"
         return (
-            f"rank {self.rank} waited in vain for rank {names} of {self.size} "
-            f"({str(problem).strip().splitlines()[0][:160]}); look at that rank's own error, then start all of them again."
+            f"{lost} ({str(problem).strip().splitlines()[0][:160]}){told}; look at that rank's own error, then start all of "
+            "them again."
         )
+
+    def tell(self, trouble: str) -> str | None:
+        """Leave word of what went wrong for the other ranks; gives the first such word, None where none can be left.
+
+        A rank that is left behind sees only that a connection closed, often to a rank that was left behind itself.
+        """
+        if self.size == 1 or not dist.is_initialized():
+            return None
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.compare_set(TROUBLE, "", trouble).decode()
+        except (RuntimeError, ValueError):  # the host of the store is gone, too
+            return None
 
 
 def _overlap(a: Span, b: Span) -> Span:

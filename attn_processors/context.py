@@ -24,6 +24,7 @@ from .method import AttnMethod, LayerInfo
 
 if TYPE_CHECKING:
     from .families import Family
+    from .ops.scopes import Clip
     from .ops.strips import Strip
 
 TRAIN_STEPS = 1000  # of the schedule, where no pipeline tells
@@ -57,9 +58,9 @@ class Swap:
 
 @dataclass(eq=False)
 class Patch:
-    """One attribute of one module instance in our hands."""
+    """One attribute of one object, nearly always a module, in our hands."""
 
-    module: nn.Module
+    module: Any
     attribute: str
     replacement: Any
     original: Any
@@ -84,6 +85,7 @@ class Context:
         text: tokens of text that attend together with the picture's (0 where text has layers of its own)
         references: tokens of reference pictures, or of filling, that follow the picture's own, in models that have them
         batch, frames: rows of the call, and pictures per row (1 for images)
+        clip: this rank's frames, where a film is worked on in parts; None = it is whole
         strip: this rank's rows of the grid, where the picture is split over ranks; None = it is whole
         device: of the call
         timestep: as it was passed, never converted here; times `timestep_unit` it is the scheduler's
@@ -97,6 +99,7 @@ class Context:
         self.grids: dict[int, tuple[int, int]] = {}
         self.text, self.references = 0, 0
         self.strip: Strip | None = None
+        self.clip: Clip | None = None
         self.batch, self.frames = 0, 1
         self.device = torch.device("cpu")
         self.timestep: Tensor | float | None = None
@@ -118,6 +121,11 @@ class Context:
     def step(self) -> int | None:
         """Index of this timestep in `pipe.scheduler.timesteps`; None for a bare model or an unknown timestep."""
         return self._locate()[1]
+
+    def reset(self) -> None:
+        """Forget what methods kept and where the last run was."""
+        self.slots.clear()
+        self._last, self._position = 0, None
 
     # -- the hook -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -210,14 +210,7 @@ def undo(context: Context, item: Installation) -> None:
     for hook in item.hooks:
         hook.remove()
     for patch in reversed(item.patches):
-        if getattr(patch.module, patch.attribute, None) is patch.replacement:
-            before, now = patch.original, patch.replacement
-            if isinstance(before, nn.Parameter) and isinstance(now, nn.Parameter):
-                before.data = before.data.to(now.device, now.dtype)  # it missed a move of the model meanwhile
-            if patch.own:
-                setattr(patch.module, patch.attribute, patch.original)
-            else:
-                delattr(patch.module, patch.attribute)
+        _take_back(patch)
     left = [swap.info.name for swap in reversed(item.swaps) if not _put_back(swap)]
     for swap in item.swaps:  # somebody may still hold ours and set it again: then it is the stock layer
         swap.ours.retired = swap.ours.neutral = True
@@ -282,11 +275,41 @@ def _fill(
     for name, parameter in parameters.items():
         path, _, attribute = name.rpartition(".")
         replaced.append((context.model.get_submodule(path), attribute, parameter))
-    for module, attribute, replacement in [*item.method.patches(context.model), *replaced]:
-        own = any(attribute in held for held in (vars(module), module._modules, module._parameters, module._buffers))
-        item.patches.append(Patch(module, attribute, replacement, getattr(module, attribute, None), own))
-        setattr(module, attribute, replacement)
+    for triple in [*item.method.patches(context.model), *replaced]:
+        item.patches.append(_patch(*triple))
     item.hooks += item.method.hooks(context)
+
+
+def _patch(module: Any, attribute: str, replacement: Any) -> Patch:
+    stores = ("__dict__", "_modules", "_parameters", "_buffers")
+    own = any(attribute in getattr(module, store, {}) for store in stores)
+    patch = Patch(module, attribute, replacement, getattr(module, attribute, None), own)
+    setattr(module, attribute, replacement)
+    return patch
+
+
+def _take_back(patch: Patch) -> None:
+    """Put the original back where ours is still in place."""
+    if getattr(patch.module, patch.attribute, None) is patch.replacement:
+        before, now = patch.original, patch.replacement
+        if isinstance(before, nn.Parameter) and isinstance(now, nn.Parameter):
+            before.data = before.data.to(now.device, now.dtype)  # it missed a move of the model meanwhile
+        if patch.own:
+            setattr(patch.module, patch.attribute, patch.original)
+        else:
+            delattr(patch.module, patch.attribute)
+
+
+@contextmanager
+def patched(triples: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """(object, attribute, replacement) triples, in place for the length of a with block."""
+    done: list[Patch] = []
+    try:
+        done.extend(_patch(*triple) for triple in triples)
+        yield
+    finally:
+        for patch in reversed(done):
+            _take_back(patch)
 
 
 def _put_back(swap: Swap) -> bool:

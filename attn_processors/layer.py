@@ -184,6 +184,7 @@ class LayerProcessor:
         self.context: Context = context  # type: ignore[assignment]
         self.name, self.level, self.stock = name, level, stock
         self.neutral = method is not None and method.neutral  # run the stock processor
+        self.idle = False  # run the stock processor in this call; written by the method's `prepare`
         self.retired = False  # removed by its handle
         self.phase = 0  # written by the context between root calls, read inside compiled regions
         self.kept: dict[

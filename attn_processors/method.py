@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class LayerInfo:
     """What a family tells a method about one attention layer before anything runs."""
 
     name: str  # module path inside the denoiser
-    role: str  # "spatial" (image tokens among themselves), "joint" (image and text tokens together)
+    role: str  # "spatial" (image tokens among themselves), "joint" (image and text tokens), "temporal" (frames)
     level: int  # 0 = the highest resolution that has attention of this role
     heads: int
     width: int  # heads * head dimension
@@ -114,7 +114,7 @@ class AttnMethod:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> AttnMethod:
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Build from a dict whose values may be strings, as they come from a command line ("0.4" -> 0.4).
 
         Raises ValueError for an unknown key or a bad value, TypeError for a value of the wrong type.

@@ -14,9 +14,11 @@ from .load import ModelUnavailable, bundled, load
 from .recipe import Recipe
 from .script import Panel, Script, Subject
 from .stages import Upscale
+from .videos import Video
 
 if TYPE_CHECKING:
     from ..attn_processors import pluggable
+    from .filming import Film, long_video
     from .image import generate, preview
     from .picture import Picture
     from .splitting import patches
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from .upscaling import upscale
 
 _HOME = {
+    "Film": ".filming",
     "Picture": ".picture",
     "generate": ".image",
+    "long_video": ".filming",
     "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
@@ -35,8 +39,9 @@ _HOME = {
 }
 
 __all__ = [
-    "CancelToken", "Cancelled", "ModelUnavailable", "Panel", "Picture", "Recipe", "Script", "StepEvent",
-    "Story", "Subject", "Upscale", "bundled", "generate", "load", "patches", "pluggable", "preview", "story", "upscale",
+    "CancelToken", "Cancelled", "Film", "ModelUnavailable", "Panel", "Picture", "Recipe", "Script", "StepEvent", "Story",
+    "Subject", "Upscale", "Video", "bundled", "generate", "load", "long_video", "patches", "pluggable", "preview", "story",
+    "upscale",
 ]  # fmt: skip
 
 

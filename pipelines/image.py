@@ -83,10 +83,14 @@ def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
         ValueError: if `pipe` makes no pictures from text, or cannot do what the recipe asks for.
     """
     accepts = inspect.signature(pipe.__call__).parameters
+    if recipe.video is not None:
+        raise ValueError(
+            "the recipe is that of a film; call long_video (reattend video), or set its video to None for a picture"
+        )
     _check_makes_pictures(pipe, accepts)
-    recipe = _filled_in(recipe, pipe, accepts)
+    recipe = completed(recipe, pipe, accepts)
     for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
-        _check_length(name, text, pipe, accepts)
+        check_length(name, text, pipe, accepts)
     return recipe
 
 
@@ -135,7 +139,7 @@ def stock_rows(
         as `stock_call`; `more` overrides what the recipe says, as with a list of prompts and as many generators.
         change: gives new latents after each step from (pipe, index of the step, latents).
     """
-    clock = _Clock(began)
+    clock = Clock(began)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -180,14 +184,14 @@ def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
     return pipe.image_processor.postprocess(decoded.float().nan_to_num(), output_type="pil")[0]
 
 
-class _Clock:
+class Clock:
     """Times the steps. The first one counts apart from the others, because loading and text encoding come with it."""
 
     def __init__(self, began: float) -> None:
         self.began = began
         self.first: float | None = None
 
-    def event(self, step: int, steps: int, latents: torch.Tensor) -> StepEvent:
+    def event(self, step: int, steps: int, latents: torch.Tensor | None) -> StepEvent:
         now = time.monotonic()
         if self.first is None:
             self.first = now
@@ -205,7 +209,7 @@ def _check_makes_pictures(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -
         )
 
 
-def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
+def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
     """The recipe with seed, guidance, numbers, model and versions as they will be used."""
     dtype = str(pipe.dtype).removeprefix("torch.")
     if recipe.dtype not in (None, dtype):
@@ -236,7 +240,7 @@ def _filled_in(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Paramete
     )
 
 
-def _check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
+def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
     """Raise ValueError if no text encoder sees the whole text; stock pipelines cut it off with a warning."""
     found = []  # (tokens, allowed) for each tokenizer
     for part, tokenizer in pipe.components.items():
@@ -304,19 +308,19 @@ def without_progress_bar(pipe: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_memory(recipe: Recipe) -> Iterator[None]:
+def told_memory(what: str, advice: str) -> Iterator[None]:
     """Say in one sentence that memory ran out; torch has one class for it on devices and none on the CPU."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            size = (
-                f"{recipe.width} x {recipe.height} pixels" if recipe.width and recipe.height else "the model's own size"
-            )
-            raise MemoryError(
-                f"not enough memory for a picture of {size}; choose a smaller width and height"
-            ) from error
+            raise MemoryError(f"not enough memory for {what}; choose {advice}") from error
         raise
+
+
+def _told_memory(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    size = f"{recipe.width} x {recipe.height} pixels" if recipe.width and recipe.height else "the model's own size"
+    return told_memory(f"a picture of {size}", "a smaller width and height")
 
 
 def _pictures(output: Any) -> list[Image.Image]:

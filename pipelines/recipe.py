@@ -1,8 +1,8 @@
-"""One JSON-able value that reproduces a picture.
+"""One JSON-able value that reproduces a picture or a film.
 
 The same `Recipe` drives Python, the command line and the page, and travels inside the PNG it made (text chunk
-`reattend`) and in a JSON file beside it. On a CPU the same recipe gives the same pixels. The chunk `parameters` repeats
-the main values in the line that most picture tools show.
+`reattend`) or the MP4 (its comment), and in a JSON file beside it. On a CPU the same recipe gives the same pixels. The chunk
+`parameters` repeats the main values in the line that most picture tools show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import STEPS, check_number, check_side, check_text, complete_attention
 from .files import written_whole
+from .film import read_comment
 from .stages import Upscale
+from .videos import Video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +52,7 @@ class Recipe:
         linear: folder of a trained linear student (`reattend distill run`), which brings its own attention; None: none.
         dtype: numbers the model computes in: "float32", "float16" or "bfloat16".
         upscale: how `upscale` enlarges the picture after it was made at this width and height; None: it is not enlarged.
+        video: what makes it a film for `long_video`; None: it is a picture.
         made_with: versions, device, pipeline and scheduler that made the picture; information only.
 
     Raises:
@@ -69,6 +72,7 @@ class Recipe:
     linear: str | None = None
     dtype: str | None = None
     upscale: Upscale | None = None
+    video: Video | None = None
     made_with: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,6 +93,8 @@ class Recipe:
             raise ValueError(f"dtype is unknown: got {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.upscale is not None and not isinstance(self.upscale, Upscale):
             raise TypeError(f"upscale must be an Upscale, got {self.upscale!r}; write Upscale(scale=2) or leave it out")
+        if self.video is not None and not isinstance(self.video, Video):
+            raise TypeError(f"video must be a Video, got {self.video!r}; write Video(frames=64) or leave it out")
         if not isinstance(self.made_with, Mapping) or not all(
             isinstance(v, str) for kv in self.made_with.items() for v in kv
         ):
@@ -137,11 +143,17 @@ class Recipe:
             if not isinstance(upscale, dict):
                 raise TypeError(f"recipe entry upscale must be an object with settings, got {upscale!r}")
             upscale = Upscale.from_settings(upscale)
-        return cls(**{**values, "attention": tuple(values.get("attention", ())), "upscale": upscale})
+        video = values.get("video")
+        if video is not None:
+            if not isinstance(video, dict):
+                raise TypeError(f"recipe entry video must be an object with settings, got {video!r}")
+            video = Video.from_settings(video)
+        attention = tuple(values.get("attention", ()))
+        return cls(**{**values, "attention": attention, "upscale": upscale, "video": video})
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """The recipe in a PNG that `save` wrote, or in a JSON file. Pixels are not decoded.
+        """The recipe in a PNG that `save` wrote, in a film, or in a JSON file. Pixels are not decoded.
 
         Raises:
             ValueError: if the file cannot be read, is too big or holds no recipe.
@@ -150,7 +162,10 @@ class Recipe:
         try:
             with path.open("rb") as file:
                 is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
-            text = _png_text(path) if is_png else _file_text(path)
+            if path.suffix.lower() == ".mp4":
+                text = read_comment(path)
+            else:
+                text = _png_text(path) if is_png else _file_text(path)
         except OSError as error:
             raise ValueError(f"cannot read the recipe {path}: {error.strerror or error}; check the path") from error
         try:
@@ -178,6 +193,7 @@ class Recipe:
             "Attention": " + ".join(_words(entry) for entry in self.attention) or None,
             "Linear": self.linear,
             **(_upscale_words(self.upscale) if self.upscale else {}),
+            **({"Frames": self.video.frames, "FPS": self.video.fps} if self.video else {}),
             "Version": f"reattend {self.made_with['reattend']}" if "reattend" in self.made_with else None,
         }
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value is not None)

@@ -224,7 +224,7 @@ class _Job:
         if not missing and not alone:
             self.call += 1
             return
-        rows = [*alone, *(script.panels[number] for number in missing)]
+        rows: list[Subject | Panel] = [*alone, *(script.panels[number] for number in missing)]
         with attention_of(script.recipe("-"), self.pipe):
             pictures = self._run([row.prompt for row in rows], [row.seed for row in rows], [])
         subjects, panels = list(script.subjects), list(script.panels)

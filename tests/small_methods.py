@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reattend.attn_processors import AttnMethod, LayerCall, LayerInfo
+from reattend.attn_processors import AttnMethod, DualScopeAttnProcessor, LayerCall, LayerInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +98,30 @@ class Doubled:
 
     def __call__(self, x: Tensor) -> Tensor:
         return 2 * self.plain(self.module, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseScopes(DualScopeAttnProcessor):
+    """Dual-scope attention as a judge: every query encodes the frames it sees anew and sees them under a full mask."""
+
+    name: ClassVar[str] = "dense-scopes"
+
+    def attend(self, call: LayerCall, phase: int) -> Tensor:
+        x, table, now = call.x, call.table, self.schedule[phase]
+        frames = x.shape[1]
+        scopes, rows = self.scopes(frames), []
+        for i in range(frames):
+            first, end = scopes.window(i)
+            window, anchors = set(range(first, end)), set(scopes.anchors)
+            favour_anchors = now.anchors > now.window
+            biases = [now.anchors if j in anchors and (favour_anchors or j not in window) else now.window
+                      for j in range(frames)]  # fmt: skip
+            slots = [min(max(j - first, 0), end - first - 1) for j in range(frames)]
+            placed = x if table is None else x + table[slots].to(x.dtype)
+            hidden = torch.tensor([j not in window | anchors for j in range(frames)])
+            bias = torch.tensor(biases) - max(now.anchors, now.window) if anchors else torch.zeros(frames)
+            mask = bias.masked_fill(hidden, float("-inf")).to(x.dtype)
+            scale = call.scale * scopes.sharpness(i, self.train_frames, self.token_scale)
+            q = call.to_q(placed[:, i : i + 1])
+            rows.append(call.softmax(q, call.to_k(placed), call.to_v(placed), scale=scale, mask=mask.view(1, 1, 1, -1)))
+        return torch.cat(rows, dim=1).flatten(2)

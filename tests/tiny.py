@@ -271,6 +271,15 @@ def denoise(model: torch.nn.Module, size: tuple[int, int] = (16, 16), batch: int
         return model(sample, torch.tensor(t), text).sample
 
 
+def denoise_video(model: torch.nn.Module, frames: int, t: float = 500, batch: int = 1) -> torch.Tensor:
+    """One call of a bare AnimateDiff UNet with seeded input of 6 x 8 latents, (B, 4, F, 6, 8)."""
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, 4, frames, 6, 8, generator=draw).to(model.dtype)
+    text = torch.randn(batch * frames, 5, TEXT_WIDTH, generator=draw).to(model.dtype)
+    with torch.no_grad():
+        return model(sample, torch.tensor(t), text).sample
+
+
 def image_ids(height: int, width: int, picture: int = 0, corner: tuple[int, int] = (0, 0)) -> torch.Tensor:
     """Image ids of FLUX for one picture of height x width tokens, shape (N, 3)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -24,6 +24,7 @@ METHOD_WORDS: dict[str, str] = {
     "flow": "Linear attention, flow form: for students trained with it (flow)",
     "agent-joint": "Agent attention with FLUX and SD3: for students trained with it (agent-joint)",
     "isolation-reposition": "Keep subjects apart, by boxes (isolation-reposition)",
+    "dual-scope": "Near frames and anchors: videos of any length (dual-scope)",
 }
 
 # What is shown at once; the others unfold.
@@ -32,6 +33,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "clear": ("radius", "pattern"),
     "neighborhood": ("radius",),
     "isolation-reposition": ("panels",),
+    "dual-scope": ("anchors",),
 }
 
 WORDS: dict[str, tuple[str, str]] = {
@@ -73,8 +75,13 @@ WORDS: dict[str, tuple[str, str]] = {
     "mass": ("Weight of a reference", "1: by the size of the subject; empty: as resampling would"),
     "overlap": ("Where subjects overlap", "Whose the place is"),
     "branches": ("Guidance that sees references", "both, or only the one with the prompt"),
+    "text_mix": ("How much of a reference's own prompt its subject reads", "0 to 1; UNets only"),
     "warmup": ("Steps before subjects are looked for", "Share of the steps; only without boxes"),
     "strict": ("Refuse when a subject is not found", "Otherwise it is left alone"),
+    "window": ("How many near frames are seen", "Itself included; empty is the length of the training clips"),
+    "anchors": ("How many frames from all over", "More keeps things alike over the film, and is slower"),
+    "train_frames": ("Length of the training clips", "In frames; 16 for AnimateDiff"),
+    "token_scale": ("Sharper where more is seen", "none, log, or sqrt_log of the frames seen"),
     "on_mismatch": ("If the picture's size does not fit", "raise: say so; stock: the model's own attention there"),
 }
 

@@ -27,6 +27,7 @@ from .attention_form import STOCK, as_text, settings_of
 from .jobs import Made, Progress, Session, one_line
 
 FIELDS = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype", "attention")
+PICTURE_METHODS = {name: method for name, method in ATTN_PROCESSORS.items() if set(method.roles) & {"spatial", "joint"}}
 PREVIEW_SHARE = 0.2  # previews may take this share of the time
 UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new happens
 
@@ -178,9 +179,9 @@ def read_attention(form: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     name = form["attention"]
     if name == STOCK:
         return ()
-    if name not in ATTN_PROCESSORS:
-        raise ValueError(f"There is no attention called {name!r}; choose one of {', '.join(ATTN_PROCESSORS)}.")
-    return ({"name": name} | {s.name: s.read(form[f"{name}.{s.name}"]) for s in settings_of(ATTN_PROCESSORS[name])},)
+    if name not in PICTURE_METHODS:
+        raise ValueError(f"There is no attention called {name!r}; choose one of {', '.join(PICTURE_METHODS)}.")
+    return ({"name": name} | {s.name: s.read(form[f"{name}.{s.name}"]) for s in settings_of(PICTURE_METHODS[name])},)
 
 
 def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
@@ -201,6 +202,10 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     form |= {name: as_text(getattr(recipe, name)) for name in ("width", "height", "guidance", "seed", "dtype")}
     form["attention"] = STOCK
     for entry in recipe.attention:
+        if entry["name"] not in PICTURE_METHODS:
+            raise ValueError(
+                f"The recipe's attention {entry['name']!r} is for videos; use the command line: reattend video."
+            )
         name = form["attention"] = entry["name"]
         form |= {f"{name}.{s.name}": s.shown(entry[s.name]) for s in settings_of(ATTN_PROCESSORS[name])}
     return form

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
-    from ..pipelines.events import StepEvent
+    from ..pipelines.events import CancelToken, StepEvent
 
 __all__ = [
     "FILE",
@@ -24,6 +27,7 @@ __all__ = [
     "default",
     "quiet_libraries",
     "read_size",
+    "stoppable",
 ]
 
 OUT = Path("out")
@@ -97,12 +101,36 @@ class Bar:
         self._bar.total = event.steps
         if event.stages > 1:
             self._bar.set_description_str(f"size {event.stage + 1} of {event.stages}", refresh=False)
+        if event.clips > 1:
+            self._bar.set_description_str(f"writing, clip {event.clip + 1} of {event.clips}", refresh=True)
         if event.eta is not None:
             self._bar.set_postfix_str(f"{self._bar.format_interval(event.eta)} left", refresh=False)
         self._bar.update(event.step - self._bar.n)
 
     def __exit__(self, *problem: object) -> None:
         self._bar.close()
+
+
+@contextmanager
+def stoppable(token: CancelToken, speaks: bool = True) -> Iterator[None]:
+    """Ctrl-C (or SIGTERM) asks the job to stop at a good moment, for the length of a with block; a second one stops at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if token.requested:
+            raise KeyboardInterrupt
+        token.request()
+        if speaks:
+            print("\nreattend: stopping and keeping what is done; Ctrl-C once more stops at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def quiet_libraries() -> None:

@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ..pipelines.recipe import Recipe
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["TIMEOUT", "Ranks", "joined"]
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)  # without an answer for so long, a rank counts as lost
 
@@ -52,16 +54,25 @@ class Ranks:
             return recipe
         import secrets
 
+        return replace(recipe, seed=self.agreed(secrets.randbelow(2**32)))
+
+    def agreed(self, value: T) -> T:
+        """What the first rank gives here, on every rank."""
+        if not self.split:
+            return value
         import torch.distributed as dist
 
-        drawn = [secrets.randbelow(2**32)]
-        dist.broadcast_object_list(drawn, src=0)
-        return replace(recipe, seed=drawn[0])
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the processes torchrun started, for the length of a with block."""
+def joined(timeout: float | None = None) -> Iterator[Ranks]:
+    """Join the processes torchrun started, for the length of a with block.
+
+    timeout: seconds without an answer after which a rank counts as lost; None = TIMEOUT.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks()
         return
@@ -71,7 +82,8 @@ def joined() -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # small messages lie on the CPU
+    dist.init_process_group(backend, timeout=TIMEOUT if timeout is None else datetime.timedelta(seconds=timeout))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local)
     finally:

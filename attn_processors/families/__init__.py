@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..layer import LayerProcessor
-from ..method import LayerInfo
+from ..method import AttnMethod, LayerInfo
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -25,7 +25,7 @@ FAMILIES = {  # class name -> file
     "UNet2DConditionModel": "unet",
     "UNet2DModel": "unet",
     "UNet3DConditionModel": "unet",
-    "UNetMotionModel": "unet",
+    "UNetMotionModel": "video_unet",
     "ControlNetModel": "unet",
     "FluxTransformer2DModel": "flux",
     "FluxControlNetModel": "flux",
@@ -73,6 +73,10 @@ class Family:
         What it returns takes the place of the output. Returns handles with `remove`; none where text attends together
         with the picture.
         """
+        return []
+
+    def places(self, model: nn.Module, method: AttnMethod) -> list[tuple[nn.Module, str, Any]]:
+        """Patches that leave the places of frames to `method`, in models that add them before temporal attention."""
         return []
 
     def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:

@@ -48,7 +48,7 @@ class UNetLayer(LayerProcessor):
         """hidden_states: (B, N, C) or (B, C, H, W); returns the same shape."""
         if self.method is None:
             self.refuse_blank()
-        if self.neutral:
+        if self.neutral or self.idle:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         grid, problem = self._grid(hidden_states, encoder_hidden_states, attention_mask)
         if problem is not None:
@@ -126,7 +126,7 @@ class UNetFamily(Family):
         for name, module in model.named_modules():
             match = SPATIAL.fullmatch(name)
             if match and isinstance(module, Attention) and not module.is_cross_attention:
-                found.append((name, module, _depth(match, len(model.down_blocks))))
+                found.append((name, module, depth(match, len(model.down_blocks))))
         top = min((depth for *_, depth in found), default=0)
         return [
             (
@@ -178,7 +178,7 @@ class Tap:
         return self.ear(attn, x, text, output)
 
 
-def _depth(match: re.Match, levels: int) -> int:
+def depth(match: re.Match, levels: int) -> int:
     """How many times the latents were halved where this layer is."""
     side, index = match.groups()
     if side is None:

@@ -69,7 +69,8 @@ class Trainer:
             known = DiffusionPipeline.from_pretrained(config.start_from, torch_dtype=torch.float32)
             for name, part in self.parts.items():
                 part.load_state_dict(getattr(known, name).state_dict())
-        self.parameters = list(dict.fromkeys(p for part in self.parts.values() for p in part.parameters()))
+        every = [p for part in self.parts.values() for p in part.parameters() if p.requires_grad]
+        self.parameters = list(dict.fromkeys(every))
         self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)
         modules = [module for part in self.parts.values() for module in part.modules()]
         embeddings = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -124,6 +125,10 @@ class Trainer:
             self.ema.restore(self.parameters)
         return {name: part.half().eval() for name, part in copies.items()}
 
+    def encode(self, scenes: list[world.Scene], side: int) -> Tensor:
+        """What is learned from: scaled latents of the scenes drawn at `side` px, one entry per scene, in fp16."""
+        return encode(self.vae, scenes, side)
+
     def pool(self, name: str) -> tuple[list[world.Scene], Tensor]:
         """The scenes and latents of a stage; latents are encoded once and kept beside the state."""
         draw_scene, side = {
@@ -140,7 +145,7 @@ class Trainer:
                     f"{file} holds {len(latents)} pictures, the run wants {len(scenes)}; give that --pool, or delete it"
                 )
         else:
-            latents = encode(self.vae, scenes, side)
+            latents = self.encode(scenes, side)
             with written_whole(file) as (aside,):
                 torch.save(latents, aside)
         keep = [i for i, scene in enumerate(scenes) if learnable(scene)]

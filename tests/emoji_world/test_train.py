@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from diffusers import FluxPipeline
 from forked import forked
 
-from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, training, world
+from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, train_video, training, world
+from reattend.pipelines import Recipe, Video, long_video
 
 # Kernels sum in an order that depends on threads and on where memory lies. AdamW then moves a parameter whose gradient is
 # such rounding noise by a whole step either way: twice the learning rate of a warm-up step, 2 * 4e-5.
@@ -133,6 +135,50 @@ def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(va
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a blue car on sand", height=64, width=96, num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (64, 96, 3) and np.isfinite(image).all()
+
+
+def test_tiny_video_learns_motion_alone_and_resumes(tmp_path: Path) -> None:
+    config = train_video.VideoConfig(out=tmp_path / "whole", steps=3, pool=3, batch=1, frames=3, save_every=3)
+    whole = train_video.VideoTrainer(config)
+    base = {name: p.clone() for name, p in whole.parts["unet"].named_parameters() if ".motion_modules." not in name}
+    moves = {name: p.clone() for name, p in whole.parts["unet"].named_parameters() if name not in base}
+    whole.train()
+    now = dict(whole.parts["unet"].named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in base.items())
+    assert all(not torch.equal(now[name], p) for name, p in moves.items() if name.endswith("proj_out.weight"))
+
+    shorter = replace(config, out=tmp_path / "parts", steps=2)
+    train_video.VideoTrainer(shorter).train()
+    again = train_video.VideoTrainer(replace(config, out=shorter.out))
+    assert again.done == 2
+    again.train()
+    for a, b in zip(whole.parameters, again.parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=ONE_STEP, rtol=0)
+
+    recipe = Recipe(prompt="a blue car on sand", seed=1, steps=2, model=str(config.out / "pipeline"), width=64, height=64,
+                    video=Video(frames=4), attention=({"name": "dual-scope", "train_frames": 3},))  # fmt: skip
+    long_video(recipe, tmp_path / "car.mp4")
+    assert (tmp_path / "car.mp4").exists()
+
+
+def test_moving_sprites_keep_apart_stay_inside_and_move() -> None:
+    rng, moved = np.random.default_rng(0), 0
+    for _ in range(40):
+        scene = world.sample_scene(rng)
+        clip = train_video.moving(scene, 16, rng)
+        assert len(clip) == 16 and clip[0] == scene and all(one.caption == scene.caption for one in clip)
+        for one in clip:
+            for sprite in one.sprites:
+                for centre in (sprite.x, sprite.y):
+                    assert sprite.side / 2 - 1e-9 <= centre <= 1 - sprite.side / 2 + 1e-9
+                    corner = (centre - sprite.side / 2) * world.LATTICE
+                    assert abs(corner - round(corner)) < 1e-6
+        sprites = [one.sprites for one in clip]
+        pairs = [pair for now, then in pairwise(sprites) for pair in zip(now, then, strict=True)]
+        steps = [max(abs(a.x - b.x), abs(a.y - b.y)) for a, b in pairs]
+        assert max(steps) <= 1 / world.LATTICE + 1e-9
+        moved += max(steps) > 0
+    assert moved > 30  # three large sprites may have no way to go
 
 
 def test_tiny_flux_packs_latents_as_the_stock_pipeline_does() -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ...attn_processors import ATTN_PROCESSORS
 from ...pipelines.recipe import DTYPES, Recipe
 from ..attention_form import FIRST, STOCK, Setting, method_label, settings_of
-from ..image_job import View, load_recipe, make_image, summary
+from ..image_job import PICTURE_METHODS, View, load_recipe, make_image, summary
 from ..jobs import Made, Session, Worker
 
 SESSIONS = 16  # how many may wait for a picture at once; the worker makes one after another
@@ -136,14 +135,14 @@ def attention_controls(form: dict[str, Any], prefix: str, info: str) -> dict[str
     groups: dict[str, Any] = {}
     with gr.Group():
         form["attention"] = gr.Dropdown(
-            [(method_label(name), name) for name in (STOCK, *ATTN_PROCESSORS)],
+            [(method_label(name), name) for name in (STOCK, *PICTURE_METHODS)],
             value=STOCK,
             label="Attention",
             info=info,
             elem_id=f"{prefix}attention",
             filterable=False,
         )
-        for name, method in ATTN_PROCESSORS.items():
+        for name, method in PICTURE_METHODS.items():
             settings = settings_of(method)
             first = [s for s in settings if s.name in FIRST.get(name, ())]
             others = [s for s in settings if s not in first]

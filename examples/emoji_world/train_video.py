@@ -1,0 +1,176 @@
+"""Train tiny-video: motion modules between the layers of tiny-sd, on clips of moving sprites.
+
+Run: torchrun --nproc-per-node 2 -m reattend.emoji_world.train_video --out runs/video --steps 6000     (goes on from runs/video)
+
+tiny-sd itself stays as it is: every motion module begins as nothing (its last layer is zero), so the first step already
+makes the pictures of tiny-sd, and what is learned is how they follow each other (AnimateDiff, arXiv 2307.04725). Sprites
+move along the lattice of the world, which is the grid of the latents, and come back.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    MotionAdapter,
+    UNetMotionModel,
+)
+from torch import Tensor, nn
+
+from ..pipelines.load import TINY
+from . import captions, world
+from .train_sd import NOISE
+from .training import Trainer, TrainingConfig, encode, start_processes
+
+__all__ = ["VideoConfig", "VideoTrainer", "moving"]
+
+TRIES = 60  # to find motions that keep sprites apart; in the later half some of them rest
+PACES = (1, 2, 3)  # frames per lattice step
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig(TrainingConfig):
+    """Training of tiny-video."""
+
+    out: Path = Path("runs/video")
+    vae: Path = TINY / "tiny-sd" / "vae"
+    base: Path = TINY / "tiny-sd"  # pipeline whose pictures are set in motion
+    frames: int = 16  # of a clip
+    heads: int = 4  # of the motion modules
+    steps: int = 6000
+    close_up_steps: int = 0
+    pool: int = 2000  # clips
+    batch: int = 2  # clips per step
+
+
+def moving(scene: world.Scene, frames: int, rng: np.random.Generator) -> list[world.Scene]:
+    """A scene over time: every sprite goes its way, one lattice step in `PACES` frames, and comes back.
+
+    Sprites never overlap and keep their order from left to right, which is that of the caption. Where that leaves no way,
+    all stay where they are.
+    """
+    for trial in range(TRIES):
+        moves = rng.random(len(scene.sprites)) < (1.0 if trial < TRIES // 2 else 0.5)
+        rest = [(0.0, 0.0)] * frames
+        ways = [_way(one, frames, rng) if goes else rest for one, goes in zip(scene.sprites, moves, strict=True)]
+        clip = [
+            world.Scene(scene.background, tuple(_placed(scene.sprites, ways, k)), light=scene.light)
+            for k in range(frames)
+        ]
+        if any(any(place != (0, 0) for place in way) for way in ways) and all(
+            _apart(one) and _order(one) == _order(scene) for one in clip
+        ):
+            return clip
+    return [scene] * frames
+
+
+def _way(sprite: world.Sprite, frames: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """How far a sprite is from where it began, in each frame, as fractions of the picture: there and back again."""
+    room = round((1 - sprite.side) * world.LATTICE)
+    pace, way = int(rng.choice(PACES)), []
+    direction = (0, 0)
+    while direction == (0, 0):
+        direction = (int(rng.integers(-1, 2)), int(rng.integers(-1, 2)))
+    for centre, step in zip((sprite.x, sprite.y), direction, strict=True):
+        begin = round((centre - sprite.side / 2) * world.LATTICE)
+        far = room - begin if step > 0 else begin  # lattice steps to the edge
+        turn = int(rng.integers(far + 1)) if step else 0
+        way.append([step * _there_and_back(k // pace, turn) / world.LATTICE for k in range(frames)])
+    return list(zip(*way, strict=True))
+
+
+def _there_and_back(step: int, turn: int) -> int:
+    """0, 1, ..., turn, turn - 1, ..., 0, 1, ..."""
+    if turn == 0:
+        return 0
+    step %= 2 * turn
+    return min(step, 2 * turn - step)
+
+
+def _placed(sprites: tuple[world.Sprite, ...], ways: list[list[tuple[float, float]]], frame: int) -> list[world.Sprite]:
+    return [world.moved(sprite, *way[frame]) for sprite, way in zip(sprites, ways, strict=True)]
+
+
+def _apart(scene: world.Scene) -> bool:
+    sprites = scene.sprites
+    for i, one in enumerate(sprites):
+        for other in sprites[i + 1 :]:
+            near = (one.side + other.side) / 2 - 1e-6
+            if abs(one.x - other.x) < near and abs(one.y - other.y) < near:
+                return False
+    return True
+
+
+def _order(scene: world.Scene) -> list[int]:
+    """The sprites from left to right."""
+    return sorted(range(len(scene.sprites)), key=lambda i: scene.sprites[i].x)
+
+
+class VideoTrainer(Trainer):
+    """tiny-video: motion modules in tiny-sd's UNet, at 128 px."""
+
+    side = 128
+
+    def build(self) -> dict[str, nn.Module]:
+        base = DiffusionPipeline.from_pretrained(self.config.base, torch_dtype=torch.float32)
+        self.tokenizer, self.text_encoder = base.tokenizer, base.text_encoder.eval().requires_grad_(False)
+        self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
+        adapter = MotionAdapter(
+            block_out_channels=base.unet.config.block_out_channels,
+            motion_layers_per_block=base.unet.config.layers_per_block,
+            motion_norm_num_groups=base.unet.config.norm_num_groups,
+            motion_num_attention_heads=self.config.heads,
+            motion_max_seq_length=2 * self.config.frames,
+        )
+        unet = UNetMotionModel.from_unet2d(base.unet, adapter)
+        unet.freeze_unet2d_params()
+        for name, module in unet.named_modules():
+            if ".motion_modules." in name and name.endswith(".proj_out"):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        return {"unet": unet}
+
+    def encode(self, scenes: list[world.Scene], side: int) -> Tensor:
+        """Clips, (count, F, C, side/8, side/8) in fp16."""
+        clips = []
+        for i, scene in enumerate(scenes):
+            rng = np.random.default_rng((self.config.seed, side, i))
+            clips.append(encode(self.vae, moving(scene, self.config.frames, rng), side))
+        return torch.stack(clips)
+
+    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
+        """Mean loss of a batch of clips, (B, F, C, H, W), all frames of one at the same time."""
+        t = (times * 1000).long()
+        with torch.no_grad():
+            text = self.text_encoder(torch.from_numpy(captions.tokenize(self.tokenizer, words))).last_hidden_state
+        noisy = self.noising.add_noise(clean, noise, t).transpose(1, 2)
+        guess = self.parts["unet"](noisy, t, text.repeat_interleave(clean.shape[1], dim=0)).sample
+        return (guess.transpose(1, 2) - self.noising.get_velocity(clean, noise, t)).square().mean()
+
+    def pipeline(self) -> AnimateDiffPipeline:
+        return AnimateDiffPipeline(
+            **self.averaged(),
+            vae=AutoencoderKL.from_pretrained(self.config.vae).half(),
+            text_encoder=copy.deepcopy(self.text_encoder).half(),
+            tokenizer=self.tokenizer,
+            motion_adapter=None,  # its modules are in the UNet
+            scheduler=DPMSolverMultistepScheduler(
+                num_train_timesteps=1000, timestep_spacing="trailing", steps_offset=1, **NOISE
+            ),
+        )
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(VideoConfig)
+    start_processes()
+    VideoTrainer(settings).train()

@@ -1,0 +1,459 @@
+"""The film job: a recipe in, an MP4 out, of any length, on one process or many.
+
+    torchrun --nproc-per-node 4 -m reattend.ui.cli video "a red balloon on sea" --frames 256
+
+Each rank calls the stock pipeline once, on its own frames; attention and norms ask the other ranks for the rest
+(`stream`). The pipeline's own loop makes the film: we choose the noise, give each frame its text, listen after every step,
+and decode at the end. A film that was stopped goes on where it was, also with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attn_processors.comm import Comm, RankLost, Span
+from ..attn_processors.families import replaced
+from ..attn_processors.installer import patched, supported
+from ..attn_processors.ops.scopes import Clip
+from . import checkpoint
+from .checks import complete_attention
+from .events import Cancelled, CancelToken, StepEvent
+from .files import check_writable
+from .film import check_film_path, film_file, require_ffmpeg
+from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
+from .load import load
+from .noise import PerFrameStep, check_scheduler, frame_noise
+from .prompts import FramePrompts
+from .recipe import Recipe
+from .stream import CLIP, streamed
+
+__all__ = ["Film", "long_video"]
+
+DUAL_SCOPE = "dual-scope"
+DECODED = 8  # frames decoded, sent and written at a time
+SAVE_EVERY = 300.0  # seconds between two checkpoints
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Film:
+    """A finished film.
+
+    Attributes:
+        path: of the MP4; the first rank wrote it.
+        recipe: makes the same frames again; nothing is left to chance or defaults.
+        sent: bytes this rank sent between layers.
+    """
+
+    path: Path
+    recipe: Recipe
+    sent: int = 0
+
+
+def long_video(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    pipe: Any = None,
+    clip: int = CLIP,
+    on_step: Callable[[StepEvent], None] | None = None,
+    cancel: CancelToken | None = None,
+    save_every: float = SAVE_EVERY,
+) -> Film:
+    """Make the film that `recipe` describes. The number of ranks changes who computes, never what.
+
+    Under torch.distributed every rank calls alike, with a seed in the recipe; all of them see the folder of `out`. A film
+    that was stopped or died is in `out` + ".parts"; the same call goes on with it.
+
+    Args:
+        recipe: what to make; `recipe.video` says how long. Without dual-scope in its attention, that is added.
+        out: the MP4 file.
+        pipe: a loaded AnimateDiff pipeline, used in place of `recipe.model`; it is left as it was found.
+        clip: frames on the device at a time; changes memory and time, not the film.
+        on_step: called in this thread after every denoising step (clips = 1), then after every written clip.
+        cancel: one rank's is enough; asked after every step, in one process within steps too. What is done is kept.
+        save_every: seconds between two checkpoints.
+
+    Raises:
+        Cancelled: if `cancel` was requested.
+        ValueError: for a recipe without video, a pipeline that makes no films, text that is too long, ranks that were
+            called differently, an unfinished film of another recipe at `out`.
+        RankLost: another rank is gone or did not answer in time; it is named.
+        RuntimeError: if the model computed no pictures (not-a-number values).
+        MemoryError: if a clip is too large for the memory there is.
+    """
+    out, began, cancel = Path(out), time.monotonic(), cancel or CancelToken()
+    cancel.check()
+    check_film_path(out)
+    check_writable(out)
+    require_ffmpeg()
+    comm = Comm.of_group()
+    if recipe.video is None:
+        raise ValueError("the recipe has no video; give it one: Recipe(prompt=..., video=Video(frames=64))")
+    if recipe.upscale is not None:
+        raise ValueError("the recipe enlarges a picture, which films cannot; set its upscale to None")
+    if comm.size > 1 and recipe.seed is None:
+        raise ValueError("a film on several ranks needs a seed that all of them know; set recipe.seed")
+    if comm.size > recipe.video.frames:
+        raise ValueError(
+            f"{recipe.video.frames} frames cannot be split over {comm.size} ranks; use at most {recipe.video.frames}"
+        )
+    with _named(comm):
+        if pipe is None:
+            pipe = load(recipe.model, dtype=recipe.dtype)
+        recipe = filled_in(recipe, pipe)
+        digest = _digest(recipe, pipe)
+        control = copy.copy(comm)  # counts its own bytes
+        control.sent = 0
+        _check_alike(control, digest)
+        with told_memory(f"{clip} frames of {recipe.width} x {recipe.height} pixels", "a smaller clip or size"):
+            making = _Making(recipe, pipe, out, digest, control, cancel, began, save_every, on_step)
+            latents, film = making.denoise(clip, comm)
+            making.write(latents, film)
+    return Film(path=out, recipe=recipe, sent=comm.sent)
+
+
+def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
+    """The recipe with size, seed, guidance, attention, model and versions as they will be used.
+
+    Raises:
+        ValueError: if `pipe` makes no films from a text, or cannot do what the recipe asks for.
+    """
+    accepts = inspect.signature(pipe.__call__).parameters
+    _check_makes_films(pipe, accepts)
+    recipe = completed(recipe, pipe, accepts)
+    video = recipe.video
+    assert video is not None
+    for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
+        check_length(name, text, pipe, accepts)
+    for frame, text in video.later:
+        check_length(f"the prompt from frame {frame}", text, pipe, accepts)
+    if video.later and "pooled_prompt_embeds" in accepts:
+        raise ValueError(f"{type(pipe).__name__} takes one pooled text for the whole film; give one prompt")
+    own = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
+    attention = recipe.attention
+    if not any(entry["name"] == DUAL_SCOPE for entry in attention):
+        attention = (*attention, *complete_attention([{"name": DUAL_SCOPE}]))
+    usual = own * pipe.vae_scale_factor
+    return replace(recipe, width=recipe.width or usual, height=recipe.height or usual, attention=attention)
+
+
+class _Making:
+    """One film on its way."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipe: Any,
+        out: Path,
+        digest: str,
+        control: Comm,
+        cancel: CancelToken,
+        began: float,
+        save_every: float,
+        on_step: Callable[[StepEvent], None] | None,
+    ):
+        self.recipe, self.pipe, self.out, self.digest, self.control = recipe, pipe, out, digest, control
+        self.cancel, self.save_every, self.on_step = cancel, save_every, on_step
+        self.clock, self.saved_at, self.steps = Clock(began), time.monotonic(), 0
+        self.folder = checkpoint.parts_folder(out)
+        self.last: checkpoint.Moment | None = None  # after the newest step
+        self.saved = 0  # step of the newest checkpoint
+
+    # -- denoising ----------------------------------------------------------------------------------------------------
+
+    def denoise(self, clip: int, comm: Comm) -> tuple[Tensor, Clip]:
+        """This rank's finished latents (1, C, f, H, W), and the frames of all ranks."""
+        recipe, pipe, video = self.recipe, self.pipe, self.recipe.video
+        assert video is not None and recipe.seed is not None
+        with attention_of(recipe, pipe), streamed(pipe, video.frames, clip=clip, comm=comm, cancel=self.cancel) as film:
+            self.film = Clip(self.control, film.parts)
+            resumed = self._resumed()
+            text, arguments = self._text(film.own)
+            (model,) = supported(pipe)
+            schedule = _Schedule(pipe, resumed)
+            triples: list[tuple[Any, str, Any]] = [
+                (pipe.scheduler, "step", PerFrameStep(pipe.scheduler, recipe.seed, film.own)),
+                (pipe.scheduler, "set_timesteps", schedule),
+                (pipe, "prepare_latents", schedule.latents),
+            ]
+            noise = self._noise(film.own).to(pipe.dtype) if resumed is None else None
+            hook = model.register_forward_pre_hook(_Text(text), with_kwargs=True)
+            try:
+                with patched([*triples, *_kept_on_host(pipe)]), without_progress_bar(pipe):
+                    self.begin = 0 if resumed is None else resumed.step
+                    output = pipe(
+                        **arguments,
+                        num_frames=film.own[1] - film.own[0],
+                        width=recipe.width,
+                        height=recipe.height,
+                        num_inference_steps=recipe.steps,
+                        guidance_scale=recipe.guidance,
+                        latents=noise,
+                        output_type="latent",
+                        callback_on_step_end=self._after_step,
+                    )
+            except Cancelled:
+                if self.last is not None and self.last.step > self.saved:
+                    self._save(self.last)
+                raise
+            finally:
+                hook.remove()
+        self.steps = self.steps or self.begin  # all steps were done before
+        return output.frames, self.film
+
+    def _resumed(self) -> checkpoint.Moment | None:
+        """What an earlier run left; all ranks find the same."""
+        found = checkpoint.latest(self.folder, self.digest)
+        mine = torch.tensor([-1 if found is None else found.step])
+        self.control.place = "comparing checkpoints"
+        for rank, theirs in enumerate(self.control.everyones(mine)):
+            if not torch.equal(theirs, mine):
+                raise ValueError(
+                    f"rank {rank} finds step {int(theirs)} in {self.folder}, rank {self.control.rank} step {int(mine)} "
+                    "(-1 is none); all ranks must see one and the same folder"
+                )
+        if found is None:
+            return None
+        self.saved = found.step
+        self.last = found.read(self.film.own)
+        return self.last
+
+    def _after_step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps = self.steps = self.begin + pipe.num_timesteps
+        done = self.begin + index + 1
+        latents = tensors["latents"]
+        self.last = checkpoint.Moment(done, latents, checkpoint.scheduler_state(pipe.scheduler, latents.shape[2]))
+        if self.on_step is not None:
+            event = self.clock.event(index + 1, pipe.num_timesteps, latents)
+            self.on_step(replace(event, step=done, steps=steps))
+        due = time.monotonic() - self.saved_at > self.save_every
+        stop, save = self._agreed(self.cancel.requested, due, done)
+        if save or done == steps:
+            self._save(self.last)
+        if stop:
+            raise Cancelled("stopped on request")
+        return tensors
+
+    def _agreed(self, stop: bool, save: bool, step: int) -> tuple[bool, bool]:
+        """Stop if any rank was asked to, save when the first one says so."""
+        self.control.place = f"step {step}"
+        votes = self.control.everyones(torch.tensor([stop, save], dtype=torch.uint8))
+        return any(bool(vote[0]) for vote in votes), bool(votes[0][1])
+
+    def _save(self, moment: checkpoint.Moment) -> None:
+        checkpoint.save(self.folder, moment, self.film, self.digest, self.recipe.to_json())
+        self.saved, self.saved_at = moment.step, time.monotonic()
+
+    def _noise(self, own: Span) -> Tensor:
+        pipe, recipe = self.pipe, self.recipe
+        assert recipe.seed is not None and recipe.width is not None and recipe.height is not None
+        size = (recipe.height // pipe.vae_scale_factor, recipe.width // pipe.vae_scale_factor)
+        return frame_noise(recipe.seed, own, (pipe.unet.config.in_channels, *size))
+
+    @torch.no_grad()
+    def _text(self, own: Span) -> tuple[FramePrompts, dict[str, Any]]:
+        """What each frame is told, and what stands for it in the pipeline's own arguments."""
+        recipe, pipe, video = self.recipe, self.pipe, self.recipe.video
+        assert video is not None
+        guided = recipe.guidance is not None and recipe.guidance > 1
+        wanted = inspect.signature(pipe.encode_prompt).parameters
+        once = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in wanted}
+        encode = functools.partial(
+            pipe.encode_prompt, device=pipe.text_encoder.device, do_classifier_free_guidance=guided, **once
+        )
+        prompts = [recipe.prompt, *(text for _, text in video.later)]
+        made = {text: encode(text, negative_prompt=recipe.negative or None) for text in dict.fromkeys(prompts)}
+        texts = torch.cat([made[text][0] for text in prompts])
+        first = made[recipe.prompt]
+        text = FramePrompts(texts, first[1] if guided else None, video, own)
+        placeholder = torch.zeros_like(texts[:1, :1])
+        arguments = {"prompt_embeds": placeholder}
+        if guided:
+            arguments["negative_prompt_embeds"] = placeholder
+        if len(first) == 4:
+            arguments["pooled_prompt_embeds"] = first[2]
+            if guided:
+                arguments["negative_pooled_prompt_embeds"] = first[3]
+        return text, arguments
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def write(self, latents: Tensor, film: Clip) -> None:
+        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go."""
+        comm, video = film.comm, self.recipe.video
+        assert video is not None and self.recipe.width is not None and self.recipe.height is not None
+        comm.place = "the file"
+        mine: list[Tensor] = []
+        if comm.rank:  # while the first rank decodes its own
+            mine = [self._decoded(latents, low, high) for low, high in _chunks((0, latents.shape[2]))]
+        own = torch.cat(mine) if mine else torch.empty(0)
+        size = (self.recipe.width, self.recipe.height)
+        sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
+        chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
+        with sink as file:
+            for number, (rank, low, high) in enumerate(chunks):
+                frames = None
+                if rank == 0 and comm.rank == 0:
+                    frames = self._decoded(latents, low, high)
+                elif rank:
+                    frames = self._sent(own, film, rank, low, high)
+                if file is not None and frames is not None:
+                    for frame in frames.numpy():
+                        file.write(frame)
+                self._told_clip(number, chunks)
+        if comm.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        checkpoint.barrier(comm)
+
+    def _told_clip(self, number: int, chunks: list[tuple[int, int, int]]) -> None:
+        if self.control.size == 1:
+            self.cancel.check()
+        if self.on_step is not None:
+            event = self.clock.event(max(1, self.steps - self.begin), max(1, self.steps - self.begin), None)
+            self.on_step(replace(event, step=self.steps, steps=self.steps, clip=number, clips=len(chunks), eta=None))
+
+    def _sent(self, own: Tensor, film: Clip, rank: int, low: int, high: int) -> Tensor | None:
+        """Decoded frames [low, high) of one rank, on the first."""
+        comm = film.comm
+        if comm.rank not in (0, rank):
+            return None
+        size = (self.recipe.height, self.recipe.width, 3)
+        none = torch.zeros((), dtype=torch.uint8).expand(film.own[1] - film.own[0], *size)  # no memory
+        mine = own if comm.rank == rank else none
+        wanted = [(low, high), *[(low, low)] * (comm.size - 1)]
+        got = comm.collect(mine, film.parts, wanted, dim=0)
+        return got if comm.rank == 0 else None
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor, low: int, high: int) -> Tensor:
+        """Frames of this rank as bytes, (frames, H, W, 3)."""
+        vae = self.pipe.vae
+        part = latents[0, :, low:high].transpose(0, 1).to(vae.device, vae.dtype)
+        pictures = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
+        if not bool(pictures.isfinite().all()):
+            raise RuntimeError(
+                "the model computed no pictures: values are not numbers (NaN); float16 often overflows, use dtype float32 "
+                "or bfloat16"
+            )
+        return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+class _Text:
+    """Root pre-hook: puts the text of the frames in the place of the pipeline's placeholder."""
+
+    def __init__(self, text: FramePrompts):
+        self.text = text
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return replaced(model, args, kwargs, encoder_hidden_states=self.text)
+
+
+class _Schedule:
+    """Stands for `scheduler.set_timesteps`: a film that goes on has the remaining steps only.
+
+    The pipeline reads the timesteps once, then prepares its latents; after that the scheduler has all of them again, which
+    tell phases of attention how far the film is.
+    """
+
+    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
+        self.scheduler, self.resumed = pipe.scheduler, resumed
+        self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
+        functools.update_wrapper(self, self.stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.stock(*args, **kwargs)
+        self.whole = self.scheduler.timesteps
+        if self.resumed is not None:
+            checkpoint.restore(self.scheduler, self.resumed.history)
+            self.scheduler.timesteps = self.whole[self.resumed.step :]
+
+    def latents(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for `pipe.prepare_latents`."""
+        if self.resumed is None:
+            return self.prepare(*args, **kwargs)
+        self.scheduler.timesteps = self.whole
+        return self.resumed.latents
+
+
+def _kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
+    """A patch that makes the pipeline keep latents in host memory, where `streamed` wants them; none on a CPU.
+
+    Pipelines compute where the offloading hook of their first model says.
+    """
+    first = next(part for part in pipe.components.values() if isinstance(part, nn.Module))
+    if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
+        return []
+    return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
+
+
+def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
+    name = type(pipe).__name__
+    needed = {"prompt_embeds", "num_frames", "latents", "num_inference_steps", "callback_on_step_end"}
+    more = [word for word in ("video", "conditioning_frames", "image", "pag_scale") if word in accepts]
+    if not needed <= set(accepts) or more or not hasattr(pipe, "motion_adapter"):
+        raise ValueError(
+            f"{name} makes no film from a text alone"
+            + (f" (it takes {more[0]!r})" if more else "")
+            + "; use an AnimateDiff pipeline such as AnimateDiffPipeline or AnimateDiffSDXLPipeline"
+        )
+    if getattr(pipe, "free_init_enabled", False):
+        raise ValueError(f"{name} runs FreeInit, which mixes all frames at once; call pipe.disable_free_init() first")
+    if getattr(pipe, "free_noise_enabled", False):
+        raise ValueError(f"{name} runs FreeNoise, another way to long films; call pipe.disable_free_noise() first")
+    check_scheduler(pipe.scheduler, 4)
+
+
+def _digest(recipe: Recipe, pipe: Any) -> str:
+    """Of the request and the weights, the same on every device."""
+    total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
+    total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {dict(pipe.scheduler.config)}".encode())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for part, model in sorted(pipe.components.items()):
+        if isinstance(model, nn.Module):
+            for name, value in model.named_parameters():
+                added = int(value.detach().view(bits[value.element_size()]).sum(dtype=torch.int64))
+                total.update(f"{part}.{name} {tuple(value.shape)} {added}".encode())
+    return total.hexdigest()
+
+
+def _check_alike(comm: Comm, digest: str) -> None:
+    """Raise ValueError if the ranks were not called with the same recipe and weights."""
+    comm.place = "comparing requests"
+    mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+    for rank, theirs in enumerate(comm.everyones(mine)):
+        if not torch.equal(theirs, mine):
+            raise ValueError(
+                f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
+                "the same versions and model files"
+            )
+
+
+@contextlib.contextmanager
+def _named(comm: Comm) -> Iterator[None]:
+    """Leave word of what went wrong on this rank, so that the others can say more than that it is gone."""
+    try:
+        yield
+    except (Cancelled, RankLost):
+        raise
+    except Exception as error:
+        comm.tell(f"rank {comm.rank} on {socket.gethostname()} in {comm.place or 'its preparations'}: {error}")
+        raise
+
+
+def _chunks(span: Span) -> list[Span]:
+    return [(low, min(low + DECODED, span[1])) for low in range(span[0], span[1], DECODED)]

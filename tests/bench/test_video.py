@@ -1,0 +1,56 @@
+"""The benchmark of films runs every arm, and tells what was sent and what a clip needs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+
+from reattend.attn_processors import install
+from reattend.attn_processors.comm import Comm
+from reattend.bench import video
+from reattend.pipelines.stream import streamed
+
+
+@pytest.mark.slow
+def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
+    path = tmp_path / "video.json"
+    result = video.run(quick=True, out=path, device="cpu")
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert [(row["arm"], row["frames"]) for row in result["films"]] == [
+        ("ours", 2), ("FreeNoise", 2), ("ours", 17), ("FreeNoise", 17)
+    ]  # fmt: skip
+    assert [row["ranks"] for row in result["ranks"]] == [1, 2]
+    assert result["ranks"][0]["sent"] == 0 and result["ranks"][1]["sent"] == result["ranks"][1]["foretold"] > 0
+    printed = capsys.readouterr().out
+    assert "bytes sent equal bytes foretold: met (1.000)" in printed and "by less than 5 %: not measured" in printed
+    with pytest.raises(ValueError, match="minutes must be positive"):
+        video.run(minutes=0)
+
+
+def test_the_meter_sees_what_lives_at_once():
+    with video.Meter() as meter:
+        x = torch.zeros(1000)  # 4,000 bytes
+        for _ in range(5):
+            x = x + 1  # the old one goes when the new one is there
+    assert meter.most == 8000 and meter.now == 4000
+
+
+def test_the_working_set_is_that_of_a_clip():
+    model, most = copy.deepcopy(tiny.animatediff().unet), {}
+    install(model, "dual-scope", window=4, anchors=2)
+    for frames in (32, 64):
+        with streamed(model, frames, clip=4, comm=Comm()), video.working_set() as found:
+            tiny.denoise_video(model, frames)
+        most[frames] = found["bytes"]
+    assert 0 < most[64] < 1.1 * most[32]  # the first and the last window reach fewer frames
+
+
+def test_the_prediction_has_the_sizes_of_the_full_model():
+    two, eight = video.predict(2), video.predict(8)
+    # 191 MB per exchanged frame: 8 frames of a halo and 8 of 16 anchors go one way between two ranks.
+    assert two["sent_mb_by_the_busiest"] == pytest.approx(16 * 191, rel=0.01)
+    assert 0 < eight["efficiency"] < two["efficiency"] < 1

@@ -1,0 +1,313 @@
+"""What does a long film cost? Time and memory of the UNet per frame and step, from a clip to a thousand frames.
+
+Arms: ours, streamed, and diffusers' own FreeNoise (overlapping windows, arXiv 2310.15169) as what one would use instead.
+Both run two calls of an AnimateDiff UNet with guidance, made of tiny-sd and motion modules with random weights. *Working set*
+is what lives on the device beside weights and full-length tensors: the most bytes that one clip or tile has at once.
+
+Besides: the same film on one process and on two, the bytes they send against those foretold, and a prediction for
+Stable Diffusion 1.5 on up to 1,024 GPUs from the very same plan.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..attn_processors import install
+from ..attn_processors.comm import Comm, split_rows
+from ..attn_processors.ops.scopes import Clip
+from ..pipelines import load, stream
+from ..pipelines.files import written_whole
+from ..pipelines.stream import bytes_per_step, streamed
+from .measure import measured, surroundings
+
+__all__ = ["predict", "run", "table", "working_set"]
+
+STEPS = 2
+LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (2, 17)
+PEER, PEER_LONGEST = "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
+RANKS_FRAMES, QUICK_RANKS_FRAMES = 64, 4
+GUIDED = 2  # rows of a call
+
+# The prediction: what is known from the plan is computed, what is not is said here.
+PREDICTED_RANKS = (2, 8, 16, 64, 256, 1024)
+FRAME_SECONDS = 0.0176  # of one frame and step on one GPU, an assumption for Stable Diffusion 1.5 at 512 x 512 in fp16
+FRAMES_PER_RANK = 24
+INSIDE, ACROSS, MESSAGE_SECONDS, GPUS_PER_HOST = 250e9, 45e9, 10e-6, 8  # bytes per second in a host and between hosts
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, and keeps the highest sum that was alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def working_set() -> Iterator[dict[str, int]]:
+    """Measure the most bytes that one clip or tile makes while it goes through one module."""
+    found, plain = {"bytes": 0}, stream.run_part
+
+    def weighed(forward: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        given = sum(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with Meter() as meter:
+            out = plain(forward, args, kwargs)
+        found["bytes"] = max(found["bytes"], given + meter.most)
+        return out
+
+    stream.run_part = weighed
+    try:
+        yield found
+    finally:
+        stream.run_part = plain
+
+
+def build(device: torch.device) -> Any:
+    """An AnimateDiff pipeline of tiny-sd and motion modules with random weights."""
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    base = load("tiny-sd", device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    config = base.unet.config
+    adapter = MotionAdapter(
+        block_out_channels=config.block_out_channels,
+        motion_layers_per_block=config.layers_per_block,
+        motion_norm_num_groups=config.norm_num_groups,
+        motion_num_attention_heads=4,
+    )
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    parts = {name: base.components[name] for name in names}
+    return AnimateDiffPipeline(**parts, motion_adapter=adapter).to(device)
+
+
+def call(model: Any, frames: int, device: torch.device) -> None:
+    """STEPS calls of the UNet on noise, latents in host memory if they are streamed."""
+    side, draw = model.config.sample_size, torch.Generator().manual_seed(0)
+    sample = torch.randn(GUIDED, model.config.in_channels, frames, side, side, generator=draw).to(device)
+    text = torch.randn(GUIDED * frames, 16, model.config.cross_attention_dim, generator=draw).to(device)
+    for step in range(STEPS):
+        model(sample, torch.tensor(900 - step), text)
+
+
+def ours(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
+    handle = install(pipe, "dual-scope")
+    try:
+        with streamed(pipe, frames, comm=Comm()):
+            run = measured(lambda: call(pipe.unet, frames, torch.device("cpu")), device)
+            with working_set() as found:
+                measured(lambda: call(pipe.unet, frames, torch.device("cpu")), device)
+    finally:
+        handle.remove()
+    return _row("ours", frames, run.seconds, run.peak_mib) | {"working_set_mib": found["bytes"] / 2**20}
+
+
+def peer(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
+    pipe.enable_free_noise(context_length=16, context_stride=4)
+    try:
+        run = measured(lambda: call(pipe.unet, frames, device), device)
+    finally:
+        pipe.disable_free_noise()
+    return _row(PEER, frames, run.seconds, run.peak_mib)
+
+
+def _row(arm: str, frames: int, seconds: float, peak: float | None) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "frames": frames,
+        "seconds_per_frame_and_step": seconds / frames / STEPS,
+        "peak_mib": peak,
+    }
+
+
+def on_ranks(ranks: int, frames: int) -> dict[str, Any]:
+    """The same calls in that many processes of one thread each, started by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "-m", __name__, str(frames)], capture_output=True, text=True, env=environment, timeout=900
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(lines) != ranks:
+        raise RuntimeError(f"{ranks} processes did not finish: {done.stderr.strip()[-300:]}")
+    found = [json_text.loads(line) for line in lines]
+    return {
+        "ranks": ranks,
+        "frames": frames,
+        "seconds_per_frame_and_step": max(one["seconds"] for one in found) / frames / STEPS,
+        "sent": sum(one["sent"] for one in found),
+        "foretold": sum(one["foretold"] for one in found),
+    }
+
+
+def one_of_ranks(frames: int) -> None:
+    """What every process of `on_ranks` does."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    pipe, device = build(torch.device("cpu")), torch.device("cpu")
+    install(pipe, "dual-scope")
+    with streamed(pipe, frames) as film:
+        count = film.own[1] - film.own[0]
+        with torch.no_grad():
+            call(pipe.unet, count, device)  # connections are made at the first message
+        film.comm.sent = 0
+        run = measured(lambda: call(pipe.unet, count, device), device)
+        side = pipe.unet.config.sample_size
+        foretold = bytes_per_step(pipe, film, (side, side), GUIDED)[film.comm.rank] * STEPS
+        # One write, so that lines of several processes do not mix.
+        line = json_text.dumps({"seconds": run.seconds, "sent": film.comm.sent, "foretold": foretold})
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def predict(ranks: int, frames_per_rank: int = FRAMES_PER_RANK) -> dict[str, Any]:
+    """Time of a step of Stable Diffusion 1.5 with motion modules, 512 x 512, guidance, fp16, without overlap.
+
+    The slowest rank counts: the one that sends most. Messages of different ranks are taken to travel at the same time.
+    """
+    model = _full_size()
+    film = Clip(Comm(0, ranks), tuple(split_rows(ranks * frames_per_rank, ranks)))
+    sent = max(bytes_per_step(model, film, (64, 64), GUIDED))
+    layers = 42 + 21  # attentions and norms
+    speed = INSIDE if ranks <= GPUS_PER_HOST else ACROSS
+    waiting = sent / speed + layers * (ranks - 1) * MESSAGE_SECONDS * (ranks > 1)
+    computing = FRAME_SECONDS * frames_per_rank
+    return {
+        "ranks": ranks,
+        "frames": film.frames,
+        "sent_mb_by_the_busiest": sent / 1e6,
+        "seconds_per_step": computing + waiting,
+        "efficiency": computing / (computing + waiting),
+    }
+
+
+def _full_size() -> Any:
+    from diffusers import UNetMotionModel
+
+    with torch.device("meta"):
+        model = UNetMotionModel(cross_attention_dim=768).half()
+    install(model, "dual-scope")
+    return model
+
+
+def run(
+    *,
+    minutes: float = 20.0,
+    quick: bool = False,
+    json: bool = False,
+    out: Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure, print a table (or with `json` one JSON object), and return what was measured.
+
+    Args: as for the other benchmarks; `minutes` limits what is begun, short films first.
+
+    Raises ValueError for a time limit that is not positive.
+    """
+    if not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
+    began = time.monotonic()
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe, rows = build(where), []
+    for frames in QUICK_LENGTHS if quick else LENGTHS:
+        arms = [ours] if where.type == "cpu" and frames > PEER_LONGEST else [ours, peer]
+        for arm in arms:
+            spent = time.monotonic() - began
+            expected = max((row["seconds_per_frame_and_step"] for row in rows), default=0.0) * frames * STEPS * 3
+            if spent + expected < 60 * minutes:
+                rows.append(arm(pipe, frames, where))
+    ranked = [on_ranks(ranks, QUICK_RANKS_FRAMES if quick else RANKS_FRAMES) for ranks in (1, 2)]
+    result = {
+        **surroundings(where),
+        "quick": quick,
+        "films": rows,
+        "ranks": ranked,
+        "prediction": [predict(ranks) for ranks in (PREDICTED_RANKS[:2] if quick else PREDICTED_RANKS)],
+        "goals": _goals(rows, ranked),
+    }
+    if out is not None:
+        with written_whole(out) as (aside,):
+            aside.write_text(json_text.dumps(result, indent=2) + "\n")
+    print(json_text.dumps(result) if json else table(result))
+    return result
+
+
+def _goals(rows: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    sets = {row["frames"]: row["working_set_mib"] for row in rows if row["arm"] == "ours"}
+    growth = sets[1024] / sets[256] - 1 if {256, 1024} <= set(sets) else None
+    return [
+        {"what": "working set grows from 256 to 1,024 frames by less than 5 %", "value": growth,
+         "met": None if growth is None else growth < 0.05},
+        {"what": "bytes sent equal bytes foretold", "value": ranked[-1]["sent"] / max(1, ranked[-1]["foretold"]),
+         "met": all(row["sent"] == row["foretold"] for row in ranked)},
+    ]  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people, as Markdown."""
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    lines = [f"{result['device']}, {result['threads']} threads; {versions}"]
+    if result["quick"]:
+        lines.append("Quick: sizes too small to say anything about speed.")
+    lines += ["", "| arm | frames | s per frame and step | peak MiB | working set MiB |", "|---|---|---|---|---|"]
+    for row in result["films"]:
+        peak = "unknown" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        held = f"{row['working_set_mib']:.1f}" if "working_set_mib" in row else "all frames"
+        lines.append(f"| {row['arm']} | {row['frames']} | {row['seconds_per_frame_and_step']:.4f} | {peak} | {held} |")
+    lines += ["", "| processes | frames | s per frame and step | bytes sent | foretold |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['ranks']} | {row['frames']} | {row['seconds_per_frame_and_step']:.4f} | {row['sent']} | {row['foretold']} |"
+        for row in result["ranks"]
+    ]
+    lines += ["", f"Predicted for Stable Diffusion 1.5, 512 x 512, fp16, {FRAMES_PER_RANK} frames a GPU, if a frame takes "
+              f"{FRAME_SECONDS * 1000:.1f} ms a step and nothing overlaps:", "",
+              "| GPUs | frames | MB sent by the busiest | s per step | efficiency |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {row['ranks']} | {row['frames']} | {row['sent_mb_by_the_busiest']:.0f} | {row['seconds_per_step']:.2f} | "
+        f"{100 * row['efficiency']:.0f} % |"
+        for row in result["prediction"]
+    ]
+    for goal in result["goals"]:
+        told = {None: "not measured", True: "met", False: "MISSED"}[goal["met"]]
+        value = "" if goal["value"] is None else f" ({goal['value']:.3f})"
+        lines.append(f"{goal['what']}: {told}{value}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    one_of_ranks(int(sys.argv[1]))

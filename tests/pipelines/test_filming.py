@@ -1,0 +1,291 @@
+"""A film does not depend on how many make it, where it was stopped, or how much is on the device at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from dataclasses import replace
+
+import diffusers
+import pytest
+import tiny
+import torch
+from lockstep import lockstep
+
+from reattend.attn_processors import install
+from reattend.attn_processors.comm import RankLost, split_rows
+from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video
+from reattend.pipelines import long_video as package_long_video
+from reattend.pipelines.checkpoint import latest, parts_folder
+from reattend.pipelines.film import partial
+from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
+
+EXACT = 1e-5  # fp32, relative to the largest value: the same sums in another order
+DUAL = {"name": "dual-scope", "window": 4, "anchors": 2}
+
+
+def recipe(frames: int = 7, **more) -> Recipe:
+    settings = {"steps": 3, "seed": 5, "width": 32, "height": 24, "attention": (DUAL,), "negative": "a dog"}
+    if "video" not in more:
+        more["video"] = Video(frames=frames, later=((3, "a blue car"),), blend=2)
+    return Recipe(prompt="a red cat", **(settings | more))
+
+
+class Watch:
+    """Keeps the latents after each step; asks for a stop after some."""
+
+    def __init__(self, stop_after: int | None = None):
+        self.token, self.stop_after, self.latents, self.events = CancelToken(), stop_after, {}, []
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        if event.latents is not None:
+            self.latents[event.step] = event.latents.clone()
+        if event.step == self.stop_after:
+            self.token.request()
+
+
+def make(pipe, wanted, out, stop_after=None, **more) -> Watch:
+    watch = Watch(stop_after)
+    try:
+        long_video(wanted, out, pipe=pipe, on_step=watch, cancel=watch.token, clip=3, **more)
+    except Cancelled:
+        assert stop_after is not None
+    return watch
+
+
+def make_on_ranks(monkeypatch, size, wanted, out, change=lambda pipe: None, **more) -> dict[int, torch.Tensor]:
+    """The film's latents after each step, made by ranks that are threads."""
+    comms: dict[int, object] = {}
+    monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: comms[threading.get_ident()])
+    pipes = [tiny.fresh(tiny.animatediff()) for _ in range(size)]
+
+    def work(comm):
+        comms[threading.get_ident()] = comm
+        change(pipes[comm.rank])
+        pipes[comm.rank].tokenizer = copy.deepcopy(pipes[comm.rank].tokenizer)  # not made for threads
+        mine = wanted(comm.rank) if callable(wanted) else wanted
+        return make(pipes[comm.rank], mine, out, **more).latents
+
+    made = lockstep(size, work)
+    monkeypatch.undo()
+    return {step: torch.cat([latents[step] for latents in made], dim=2) for step in made[0]}
+
+
+def close(got, want) -> None:
+    torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The film of one process; do not change it."""
+    out = tmp_path_factory.mktemp("film") / "cat.mp4"
+    return make(tiny.fresh(tiny.animatediff()), recipe(), out), out
+
+
+@pytest.mark.parametrize("frames", [3, 9], ids=["within the window", "beyond it"])
+def test_it_is_the_stock_pipeline_with_the_same_noise(animatediff, frames, tmp_path):
+    wanted = recipe(frames, video=Video(frames=frames))
+    if frames > 4:
+        handle = install(animatediff, "dual-scope", window=4, anchors=2)
+    noise = frame_noise(5, (0, frames), (4, 12, 16))
+    settings = {"prompt": "a red cat", "negative_prompt": "a dog", "num_inference_steps": 3, "height": 24, "width": 32}
+    want = animatediff(**settings, num_frames=frames, latents=noise, output_type="latent").frames
+    if frames > 4:
+        handle.remove()
+    before = animatediff.unet.attn_processors
+    watch = make(animatediff, wanted, tmp_path / "cat.mp4")
+    close(watch.latents[3], want)
+    assert animatediff.unet.attn_processors == before and "step" not in vars(animatediff.scheduler)
+    assert not animatediff.unet._forward_pre_hooks and "prepare_latents" not in vars(animatediff)
+
+
+def test_the_file_plays_and_tells_how_it_was_made(alone):
+    watch, out = alone
+    import imageio_ffmpeg
+
+    assert imageio_ffmpeg.count_frames_and_secs(str(out))[0] == 7
+    made = Recipe.read(out)
+    assert replace(made, made_with={}, attention=(), guidance=None, dtype=None, model="tiny-sd") == replace(
+        recipe(), attention=()
+    )
+    assert made.attention[0]["window"] == 4 and made.made_with["pipeline"] == "AnimateDiffPipeline"
+    assert not parts_folder(out).exists() and not partial(out).exists()
+    steps = [event for event in watch.events if event.latents is not None]
+    assert [event.step for event in steps] == [1, 2, 3] and all(event.steps == 3 for event in steps)
+    assert steps[-1].eta == 0 and watch.events[-1].clips == 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_make_the_film_of_one(alone, size, tmp_path, monkeypatch):
+    watch, out = alone
+    latents = make_on_ranks(monkeypatch, size, recipe(), tmp_path / "cat.mp4")
+    close(latents[3], watch.latents[3])
+    assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == out.read_bytes()[-2000:]  # the frames as bytes, so the file
+
+
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"])
+def test_chance_and_history_of_schedulers_do_not_depend_on_the_ranks_or_on_a_stop(name, tmp_path, monkeypatch):
+    def change(pipe):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+    pipe = tiny.fresh(tiny.animatediff())
+    change(pipe)
+    wanted = recipe(5, steps=4, video=Video(frames=5))
+    want = make(pipe, wanted, tmp_path / "whole.mp4").latents[4]
+    stopped = make_on_ranks(monkeypatch, 2, wanted, tmp_path / "cat.mp4", change, stop_after=2)
+    assert set(stopped) == {1, 2} and not (tmp_path / "cat.mp4").exists()
+    close(make(pipe, wanted, tmp_path / "cat.mp4").latents[4], want)  # one process goes on
+
+
+def test_a_stopped_film_goes_on_to_the_very_same_frames(alone, animatediff, tmp_path):
+    watch, _ = alone
+    out = tmp_path / "cat.mp4"
+    stopped = make(animatediff, recipe(), out, stop_after=2)
+    assert max(stopped.latents) == 2 and latest(parts_folder(out)).step == 2
+    resumed = make(animatediff, recipe(), out)
+    assert min(resumed.latents) == 3 and torch.equal(resumed.latents[3], watch.latents[3])
+    assert out.exists() and not parts_folder(out).exists()
+
+
+def test_a_film_that_died_while_it_was_written_is_written_anew(alone, animatediff, tmp_path, monkeypatch):
+    _, whole = alone
+    out = tmp_path / "cat.mp4"
+    with monkeypatch.context() as patch:
+        patch.setattr(filming._Making, "_told_clip", lambda *_: (_ for _ in ()).throw(RuntimeError("died")))
+        with pytest.raises(RuntimeError, match="died"):
+            make(animatediff, recipe(), out)
+    assert partial(out).exists() and latest(parts_folder(out)).step == 3
+    again = make(animatediff, recipe(), out)
+    assert not again.latents and out.read_bytes()[-2000:] == whole.read_bytes()[-2000:]
+
+
+def test_a_damaged_checkpoint_is_passed_over(alone, animatediff, tmp_path):
+    watch, _ = alone
+    out = tmp_path / "cat.mp4"
+    make(animatediff, recipe(), out, stop_after=2, save_every=0)
+    folder = parts_folder(out)
+    (shard,) = folder.glob("step-000002/*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match=r"step-000002 is not used: .* is damaged"):
+        resumed = make(animatediff, recipe(), out)
+    assert min(resumed.latents) == 2 and torch.equal(resumed.latents[3], watch.latents[3])
+
+
+def test_an_unfinished_film_of_another_recipe_or_model_is_not_touched(animatediff, tmp_path):
+    out = tmp_path / "cat.mp4"
+    make(animatediff, recipe(), out, stop_after=1)
+    with pytest.raises(ValueError, match="unfinished film of another recipe or model"):
+        make(animatediff, recipe(seed=6), out)
+    with torch.no_grad():
+        animatediff.unet.conv_out.bias += 1
+    with pytest.raises(ValueError, match="unfinished film of another recipe or model"):
+        make(animatediff, recipe(), out)
+    manifest = json.loads(next(parts_folder(out).glob("*/manifest.json")).read_text())
+    assert manifest["recipe"]["seed"] == 5 and manifest["step"] == 1
+
+
+def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"rank . was given another recipe or other weights than rank"):
+        make_on_ranks(monkeypatch, 2, lambda rank: recipe(seed=rank), tmp_path / "cat.mp4")
+
+
+def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
+    class Gone(filming.Comm):
+        def _exchange(self, messages):
+            if self.place.startswith("step"):
+                raise RankLost(self._lost([1], OSError("connection closed")))
+            for way, _, tensor in messages:
+                if way == "from":
+                    tensor.copy_(next(sent for way, _, sent in messages if way == "to"))
+
+    monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: Gone(0, 2))
+    monkeypatch.setattr(filming._Making, "_save", lambda *_: None)
+    with pytest.raises(RankLost, match=r"waited in vain for rank 1 of 2 in step 1"):
+        make(
+            animatediff,
+            recipe(6, video=Video(frames=6), attention=({**DUAL, "window": 1, "anchors": 0},)),
+            tmp_path / "a.mp4",
+        )
+
+
+def test_noise_depends_on_seed_and_frame_alone():
+    whole = frame_noise(3, (0, 9), (4, 2, 3))
+    parts = torch.cat([frame_noise(3, part, (4, 2, 3)) for part in split_rows(9, 4)], dim=2)
+    assert whole.shape == (1, 4, 9, 2, 3) and torch.equal(whole, parts)
+    assert not torch.equal(whole, frame_noise(4, (0, 9), (4, 2, 3)))
+    assert abs(float(frame_noise(3, (0, 400), (4, 4, 4)).std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler", "LCMScheduler",
+     "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler", "HeunDiscreteScheduler"],
+)  # fmt: skip
+def test_usual_schedulers_treat_every_frame_on_its_own(name):
+    scheduler = getattr(diffusers, name)()
+    check_scheduler(scheduler, 4)
+    assert "step" not in vars(scheduler)
+
+
+def test_schedulers_that_mix_frames_are_refused():
+    with pytest.raises(ValueError, match="looks at all frames at once"):
+        check_scheduler(diffusers.DDIMScheduler(thresholding=True), 4)
+
+    class Mixing(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, **more):
+            return super().step(model_output - model_output.mean(), timestep, sample, **more)
+
+    with pytest.raises(ValueError, match="does not treat every frame on its own"):
+        check_scheduler(Mixing(), 4)
+
+
+def test_step_noise_differs_between_steps_and_frames():
+    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    step, x = PerFrameStep(scheduler, 1, (0, 2)), torch.zeros(1, 4, 2, 3, 3)
+    first = step(x, scheduler.timesteps[0], x).prev_sample
+    second = step(x, scheduler.timesteps[1], x).prev_sample
+    assert not torch.allclose(first[:, :, 0], first[:, :, 1])
+    assert not torch.allclose(first / first.std(), second / second.std())
+
+
+def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
+    out = tmp_path / "cat.mp4"
+    with pytest.raises(ValueError, match="StableDiffusionPipeline makes no film"):
+        long_video(recipe(), out, pipe=sd)
+    with pytest.raises(ValueError, match="the recipe has no video"):
+        long_video(recipe(video=None), out, pipe=animatediff)
+    with pytest.raises(ValueError, match="ends in .mp4"):
+        long_video(recipe(), tmp_path / "cat.png", pipe=animatediff)
+    with pytest.raises(ValueError, match=r"the prompt from frame 3 is too long: got 100 tokens"):
+        long_video(recipe(video=Video(frames=7, later=((3, "x" * 100),))), out, pipe=animatediff)
+    animatediff.enable_free_init()
+    with pytest.raises(ValueError, match="FreeInit, which mixes all frames"):
+        long_video(recipe(), out, pipe=animatediff)
+    animatediff.disable_free_init()
+    animatediff.enable_free_noise(context_length=4, context_stride=2)
+    with pytest.raises(ValueError, match="FreeNoise, another way"):
+        long_video(recipe(), out, pipe=animatediff)
+    assert not out.exists() and not parts_folder(out).exists()
+
+
+def test_weights_that_are_broken_are_told_and_no_film_is_left(animatediff, tmp_path):
+    with torch.no_grad():
+        animatediff.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not numbers"):
+        long_video(recipe(), tmp_path / "cat.mp4", pipe=animatediff)
+    assert not (tmp_path / "cat.mp4").exists()
+
+
+def test_more_ranks_than_frames_and_unknown_seeds_are_refused(tmp_path, monkeypatch, animatediff):
+    monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: filming.Comm(0, 9))
+    with pytest.raises(ValueError, match="7 frames cannot be split over 9 ranks; use at most 7"):
+        long_video(recipe(), tmp_path / "cat.mp4", pipe=animatediff)
+    with pytest.raises(ValueError, match="needs a seed that all of them know"):
+        long_video(recipe(seed=None), tmp_path / "cat.mp4", pipe=animatediff)
+
+
+def test_it_is_part_of_the_package():
+    assert package_long_video is filming.long_video

@@ -1,0 +1,255 @@
+"""`reattend video`, alone and under torchrun: the same film, and trouble with a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from reattend.pipelines import CancelToken, Recipe, Video
+from reattend.pipelines.checkpoint import latest, parts_folder
+from reattend.ui import commands
+from reattend.ui.cli import main
+from reattend.ui.options import stoppable
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SHORT = [
+    "--frames",
+    "6",
+    "--steps",
+    "2",
+    "--width",
+    "32",
+    "--height",
+    "24",
+    "--attention",
+    "dual-scope",
+    "window=3",
+    "anchors=2",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    where = tmp_path_factory.mktemp("models") / "tiny-video"
+    tiny.animatediff().save_pretrained(where)
+    return where
+
+
+def frames_of(path: Path) -> np.ndarray:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader])
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "cat.mp4"
+    argv = [
+        "video",
+        "a red cat",
+        "--model",
+        str(folder),
+        "--seed",
+        "3",
+        "--then",
+        "3",
+        "a blue car",
+        "--out",
+        str(out),
+        *SHORT,
+    ]
+    assert main(argv) == 0
+    return out
+
+
+def test_it_writes_a_film_with_its_recipe_and_makes_it_again(alone, tmp_path, capsys):
+    made = Recipe.read(alone)
+    assert made.video == Video(frames=6, fps=8, later=((3, "a blue car"),)) and made.seed == 3
+    assert main(["video", "--recipe", str(alone), "--out", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Path(told["film"]).name == "a-red-cat-3.mp4" and told["recipe"]["video"]["fps"] == 8 and told["sent"] == 0
+    assert np.array_equal(frames_of(Path(told["film"])), frames_of(alone))
+
+
+def test_two_processes_make_the_film_of_one(alone, folder, tmp_path):
+    out = tmp_path / "cat.mp4"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += [
+        "reattend.ui.cli",
+        "video",
+        "a red cat",
+        "--model",
+        str(folder),
+        "--seed",
+        "3",
+        "--then",
+        "3",
+        "a blue car",
+    ]
+    done = subprocess.run(
+        [*command, "--out", str(out), "--json", *SHORT], capture_output=True, text=True, timeout=280, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # one process speaks
+    assert json.loads(line)["sent"] > 0
+    assert np.array_equal(frames_of(out), frames_of(alone))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["a cat", "--out", "cat.gif"], "ends in .mp4"),
+        (["a cat", "--frames", "0"], "frames is out of range"),
+        (["a cat", "--then", "soon", "a car"], "--then cannot read 'soon a car'"),
+        (["a cat", "--then", "70", "a car"], "need frames that grow, from 1 to 63"),
+        (["a cat", "--clip", "0"], "--clip must be more than 0"),
+        (["a cat", "--timeout", "-1"], "--timeout must be more than 0"),
+        (["a cat", "--attention", "agent", "ratio=2"], "ratio must be in [0, 1)"),
+        (["--resume", "cat.mp4"], "there is no unfinished film cat.mp4"),
+        (["a cat", "--resume", "cat.mp4"], "leave out prompt"),
+        ([], "no prompt was given"),
+    ],
+    ids=str,
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["video", *argv]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_folder, tmp_path, capsys):
+    assert main(["image", "--recipe", str(alone), "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
+    assert "the recipe is that of a film" in capsys.readouterr().err
+    assert main(["video", "a cat", "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
+    assert "makes no film from a text alone" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_path, capsys, monkeypatch):
+    class Interrupting(commands.Bar):
+        def __call__(self, event):
+            super().__call__(event)
+            if event.step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path / "cat.mp4"
+    argv = [
+        "video",
+        "a red cat",
+        "--model",
+        str(folder),
+        "--seed",
+        "3",
+        "--then",
+        "3",
+        "a blue car",
+        "--out",
+        str(out),
+        *SHORT,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "Bar", Interrupting)
+        assert main(argv) == 130
+    assert "go on" not in capsys.readouterr().out and latest(parts_folder(out)).step == 1
+    assert main(["video", "--resume", str(out)]) == 0
+    assert np.array_equal(frames_of(out), frames_of(alone)) and not parts_folder(out).exists()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_signals_are_given_back(capsys):
+    before, token = signal.getsignal(signal.SIGINT), CancelToken()
+
+    def work():
+        with stoppable(token):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert token.requested
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert signal.getsignal(signal.SIGINT) is before and "Ctrl-C once more" in capsys.readouterr().err
+    thread = threading.Thread(target=lambda: stoppable(token).__enter__())
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+JOB = """
+import datetime, os, signal, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import tiny
+from reattend.pipelines import Recipe, Video, load, long_video
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+rank, folder, out, how = dist.get_rank(), *sys.argv[2:5]
+recipe = Recipe(prompt="a red cat", seed=3, steps=3, width=32, height=24, model=folder, video=Video(frames=6),
+                attention=({"name": "dual-scope", "window": 3, "anchors": 2},))
+
+def on_step(event):
+    if rank == 1 and event.step == 2:
+        print("now", flush=True)
+        os.kill(os.getpid(), getattr(signal, how))
+
+try:
+    long_video(recipe, out, on_step=on_step, save_every=0)
+except RuntimeError as error:
+    print(error, flush=True)
+    os._exit(1)
+"""
+
+
+def processes(tmp_path: Path, folder: Path, how: str) -> list[subprocess.Popen]:
+    """Two ranks without an agent around them, one of which gets a signal after its second step."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        str(script),
+        str(Path(tiny.__file__).parent),
+        str(folder),
+        str(tmp_path / "cat.mp4"),
+        how,
+    ]
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, **settings, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"], ids=["dead", "frozen"])
+def test_a_dead_or_frozen_rank_ends_the_other_with_its_name_and_the_film_can_be_finished(folder, tmp_path, how):
+    ranks = processes(tmp_path, folder, how)
+    try:
+        assert ranks[1].stdout.readline() == "now\n"
+        began = time.monotonic()
+        said, _ = ranks[0].communicate(timeout=200)
+        assert time.monotonic() - began < 60  # the time-out is 20 s, and the machine may be busy
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 1
+    assert "rank 0 waited in vain for rank 1 of 2 in" in said
+    out = tmp_path / "cat.mp4"
+    assert latest(parts_folder(out)).step in (1, 2) and not out.exists()
+    assert main(["video", "--resume", str(out)]) == 0
+    assert len(frames_of(out)) == 6
