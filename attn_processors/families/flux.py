@@ -33,8 +33,10 @@ class FluxJoint(JointLayer):
     def rotary_at(self, places: Tensor) -> Any:
         ids = self.context.slots["flux img_ids"]
         first = (ids[0] if ids.ndim == 3 else ids)[:1].to(places)  # grids need not begin at 0
-        places = torch.cat([first[:, :1].expand(len(places), 1), first[:, 1:] + places], dim=1)
-        return self.context.model.pos_embed(places.to(ids.device))
+        beyond = places.shape[1] + 1  # FLUX.2 has a fourth column
+        columns = [first[:, :1].expand(len(places), 1), first[:, 1:beyond] + places]
+        columns.append(first[:, beyond:].expand(len(places), -1))
+        return self.context.model.pos_embed(torch.cat(columns, dim=1).to(ids.device))
 
     def split(self, attn: Any, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, attn.head_dim))  # tensor parallelism leaves fewer heads than attn.heads

@@ -74,7 +74,7 @@ class JointCall(LayerCall):
     def rotated(self, x: Tensor, places: Tensor) -> Tensor:
         if self.rotary is None:
             return x
-        return self._joint.rotate(x, tuple(table[places] for table in self.rotary))
+        return self._joint.rotate(x, self._joint.rotary_of(places, self.rotary))
 
     @property
     def picture(self) -> Tensor:
@@ -156,6 +156,10 @@ class JointLayer(LayerProcessor):
         """Queries or keys (B, N, h, d) with the rotary embedding of the call; here there is none."""
         return x
 
+    def rotary_of(self, places: Tensor, rotary: Any) -> Any:
+        """What `rotate` needs for tokens at these places (n,) in the sequence, from that of the whole sequence."""
+        return tuple(table[places] for table in rotary)
+
     def rotary_at(self, places: Tensor) -> Any:
         """What `rotate` needs for image tokens at (row, column) of `places` (n, 2), fractions allowed."""
         return None
@@ -181,7 +185,7 @@ class JointLayer(LayerProcessor):
 
 def rotated(x: Tensor, turns: Tensor) -> Tensor:
     """Pairs of channels turned in the plane: x (B, N, h, d), unit complex numbers that broadcast to (B, N, h, d / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
 
 

@@ -67,6 +67,22 @@ class QwenImageLayer(JointLayer):
         image, text = rotary  # (N, d / 2), (T, d / 2)
         return rotated(x, torch.cat([text, image]).unsqueeze(1))
 
+    def rotary_of(self, places: Tensor, rotary: Any) -> Any:
+        image, text = rotary
+        turns = torch.cat([text, image])[places]
+        return turns, turns[:0]
+
+    def rotary_at(self, places: Tensor) -> Any:
+        ((height, width),) = self.context.grids.values()
+        embed = self.context.model.pos_embed
+        rows, columns = places.cpu().float().unbind(dim=1)
+        if embed.scale_rope:  # counted from the middle of the picture
+            rows, columns = rows - (height - height // 2), columns - (width - width // 2)
+        axes = zip((torch.zeros_like(rows), rows, columns), embed.axes_dim, strict=True)
+        turns = torch.cat([embed.rope_params(axis, dim, embed.theta) for axis, dim in axes], dim=-1)
+        turns = turns.to(self.context.device)
+        return turns, turns[:0]
+
     def split(self, attn: Any, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))  # tensor parallelism leaves fewer heads
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..compat import Attention
 from ..method import LayerInfo
-from . import Family, argument
+from . import Family, UnsupportedModel, argument
 from .joint import JointLayer, rotated
 
 if TYPE_CHECKING:
@@ -60,6 +60,15 @@ class ZImageLayer(JointLayer):
 
     def rotate(self, x: Tensor, rotary: Any) -> Tensor:
         return x if rotary is None else rotated(x, rotary.unsqueeze(2))
+
+    def rotary_of(self, places: Tensor, rotary: Any) -> Any:
+        return rotary[:, places]
+
+    def rotary_at(self, places: Tensor) -> Any:
+        raise UnsupportedModel(
+            "Z-Image places a picture behind its caption, elsewhere in each row, so keys of other pictures cannot be placed "
+            "in it yet; use FLUX, FLUX.2, Qwen-Image or Stable Diffusion 3."
+        )
 
 
 class ZImageFamily(Family):

@@ -12,7 +12,7 @@ import torch
 from small_methods import Exact
 from torch import Tensor
 
-from reattend.attn_processors import LayerCall, LayoutError, install, installed
+from reattend.attn_processors import LayerCall, LayoutError, UnsupportedModel, install, installed
 from reattend.attn_processors.families.flux import raster
 
 EXACT = 1e-5  # same operations in another order, fp32, through two or three blocks
@@ -89,6 +89,44 @@ def test_neutral_settings_take_the_stock_path(named):
     want = denoise(model, (5, 7))
     with installed(model, Neutral()):
         assert torch.equal(denoise(model, (5, 7)), want)
+
+
+def test_tokens_can_be_rotated_as_if_they_lay_elsewhere(named):
+    """Places of the sequence give the very queries of the layer, and rows and columns of the picture its keys."""
+    name, model, denoise = named
+    looked_at = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Placing(Looking):
+        def attend(self, call: LayerCall, phase: int) -> Tensor:
+            places = torch.arange(call.layout.tokens).flip(0)[:20]
+            torch.testing.assert_close(
+                call.rotated(call.unrotated_q[:, places], places), call.q[:, places], atol=EXACT, rtol=0
+            )
+            if name == "z_image":
+                with pytest.raises(UnsupportedModel, match="behind its caption"):
+                    call.keys_at(call.picture, call.layout.coordinates())
+            else:
+                keys = call.keys_at(call.picture, call.layout.coordinates().float())
+                torch.testing.assert_close(keys, call.k[:, call.layout.grid], atol=EXACT, rtol=0)
+                between = call.keys_at(call.picture, call.layout.coordinates().float() + 0.25)
+                assert not torch.allclose(between, keys)
+            looked_at.append(call.name)
+            return super().attend(call, phase)
+
+    with installed(model, Placing()):
+        denoise(model, (5, 8), batch=2)
+    assert len(looked_at) == {"flux2": 2, "qwenimage": 2, "z_image": 3}[name]
+
+
+@pytest.mark.parametrize("size", [(6, 9), (2, 3)], ids=str)
+def test_agents_of_joint_layers_run_on_all_of_them(named, size):
+    _, model, denoise = named
+    want = denoise(model, size, batch=2)
+    with installed(model, "agent-joint", agents=2):
+        got = denoise(model, size, batch=2)
+    assert got.isfinite().all() and not torch.allclose(got, want)
+    assert torch.equal(denoise(model, size, batch=2), want)
 
 
 @pytest.mark.parametrize("method", [Looking(), "clear"], ids=["exact", "clear"])
