@@ -243,7 +243,8 @@ def run(
         raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
     began = time.monotonic()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe, rows = build(where), []
+    pipe = build(where)
+    rows: list[dict[str, Any]] = []
     for frames in QUICK_LENGTHS if quick else LENGTHS:
         arms = [ours] if where.type == "cpu" and frames > PEER_LONGEST else [ours, peer]
         for arm in arms:
