@@ -114,15 +114,14 @@ def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -
     sides = [grid]
     for _ in model.down_blocks:
         sides.append(((sides[-1][0] + 1) // 2, (sides[-1][1] + 1) // 2))
-    sent = []
-    for rank in range(size):
-        rows = rows_sent(rank, parts, reach) + rows_sent(rank, owners, everyone)
-        layers = [info for info, _ in family.layers(model) if info.role == "temporal"]
-        total = sum(2 * batch * sides[i.level][0] * sides[i.level][1] * i.width * number * rows for i in layers)
-        for module in family.motion_modules(model).values():
-            total += STATISTIC * batch * module.norm.num_groups * rows_sent(rank, parts, whole)
-        sent.append(total)
-    return sent
+    layers = [info for info, _ in family.layers(model) if info.role == "temporal"]
+    frame = sum(2 * batch * sides[info.level][0] * sides[info.level][1] * info.width * number for info in layers)
+    groups = sum(module.norm.num_groups for module in family.motion_modules(model).values())
+    return [
+        frame * (rows_sent(rank, parts, reach) + rows_sent(rank, owners, everyone))
+        + STATISTIC * batch * groups * rows_sent(rank, parts, whole)
+        for rank in range(size)
+    ]
 
 
 class _Work:

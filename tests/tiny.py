@@ -251,6 +251,19 @@ def animatediff() -> Any:
     return quiet(AnimateDiffPipeline(**parts, motion_adapter=adapter.eval()))
 
 
+@cache
+def animatediff_sdxl() -> Any:
+    from diffusers import AnimateDiffSDXLPipeline, MotionAdapter
+
+    torch.manual_seed(2)
+    adapter = MotionAdapter(
+        block_out_channels=CHANNELS, motion_layers_per_block=1, motion_num_attention_heads=4, use_motion_mid_block=False
+    )
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    parts = {name: sdxl().components[name] for name in names}
+    return quiet(AnimateDiffSDXLPipeline(**parts, motion_adapter=adapter.eval()))
+
+
 def fresh(pipe: Any) -> Any:
     """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared, never edited."""
     shared = [part for name, part in pipe.components.items() if name.startswith(("vae", "text_encoder", "tokenizer"))]

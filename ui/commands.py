@@ -281,7 +281,8 @@ class Video(Image):
             made = {"film": path, "recipe_file": f"{path}.json", "seconds": round(seconds, 3), "sent": film.sent}
             print(json_text.dumps({**made, "recipe": json_text.loads(film.recipe.to_json())}))
         else:
-            print(f"{path}  (seed {film.recipe.seed}, {film.recipe.video.frames} frames, {seconds:.1f} s)")
+            frames = film.recipe.video.frames if film.recipe.video else 0
+            print(f"{path}  (seed {film.recipe.seed}, {frames} frames, {seconds:.1f} s)")
 
     def to_recipe(self) -> Recipe:
         """The recipe of `--recipe` or the default one, with the options that were given, and its length."""

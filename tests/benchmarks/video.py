@@ -37,7 +37,7 @@ from .measure import measured, surroundings
 __all__ = ["predict", "run", "table", "working_set"]
 
 STEPS = 2
-LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (2, 17)
+LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (16, 20)
 PEER, PEER_LONGEST = "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
 RANKS_FRAMES, QUICK_RANKS_FRAMES = 64, 4
 GUIDED = 2  # rows of a call
@@ -243,7 +243,8 @@ def run(
         raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
     began = time.monotonic()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe, rows = build(where), []
+    pipe = build(where)
+    rows: list[dict[str, Any]] = []
     for frames in QUICK_LENGTHS if quick else LENGTHS:
         arms = [ours] if where.type == "cpu" and frames > PEER_LONGEST else [ours, peer]
         for arm in arms:

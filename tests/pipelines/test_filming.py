@@ -101,6 +101,17 @@ def test_it_is_the_stock_pipeline_with_the_same_noise(animatediff, frames, tmp_p
     assert not animatediff.unet._forward_pre_hooks and "prepare_latents" not in vars(animatediff)
 
 
+def test_it_makes_films_with_sdxl_too(tmp_path):
+    pipe = tiny.fresh(tiny.animatediff_sdxl())
+    noise = frame_noise(5, (0, 3), (4, 12, 16))
+    settings = {"prompt": "a red cat", "negative_prompt": "a dog", "num_inference_steps": 2, "height": 24, "width": 32}
+    want = pipe(**settings, num_frames=3, latents=noise, output_type="latent").frames
+    watch = make(pipe, recipe(steps=2, video=Video(frames=3)), tmp_path / "cat.mp4")
+    close(watch.latents[2], want)
+    with pytest.raises(ValueError, match="takes one pooled text for the whole film"):
+        long_video(recipe(), tmp_path / "other.mp4", pipe=pipe)
+
+
 def test_the_file_plays_and_tells_how_it_was_made(alone):
     watch, out = alone
     import imageio_ffmpeg

@@ -7,6 +7,7 @@ import copy
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from lockstep import lockstep
 from small_methods import DenseScopes
 
@@ -206,6 +207,18 @@ def test_a_rank_that_does_not_answer_is_named_with_the_layer(monkeypatch):
     where = r"rank 0 waited in vain for rank 1 of 2 in down_blocks.0.motion_modules.0.norm \(gone\)"
     with pytest.raises(RankLost, match=where), streamed(model, 8, comm=Comm(0, 2)):
         call(model, *inputs(8), own=(0, 4))
+
+
+def test_the_first_word_of_trouble_reaches_the_other_ranks(tmp_path):
+    assert Comm(0, 2).tell("nobody hears") is None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert Comm(1, 2).tell("rank 1 on host a: out of memory") == "rank 1 on host a: out of memory"
+        said = Comm(0, 2, place="step 3")._lost([1], OSError("connection closed"))
+    finally:
+        dist.destroy_process_group()
+    assert "rank 0 waited in vain for rank 1 of 2 in step 3 (connection closed)" in said
+    assert "the first word of trouble: rank 1 on host a: out of memory" in said
 
 
 def test_bytes_do_not_depend_on_the_length_of_the_film():

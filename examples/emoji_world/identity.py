@@ -1,0 +1,110 @@
+"""Does a film keep showing the same things? The reader looks at every frame and compares it with the first.
+
+Run: python -m reattend.emoji_world.identity out/film.mp4 --frames 512
+
+A frame counts if it shows the kinds and tints of the first frame, no more and no less, wherever they are by then. How far
+they moved on the way is told too: a film that stands still keeps its identity easily.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from .rates import Rate, rate
+from .read import Found, read
+
+__all__ = ["Identity", "frames_of", "identity"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the reader found in a film."""
+
+    first: tuple[str, ...]  # "tint kind" of what the first frame shows, sorted
+    kept: Rate  # frames that show the same, of all frames after the first
+    travelled: float  # mean way of the things over the film, in picture widths
+
+    def __str__(self) -> str:
+        return (
+            f"{' and '.join(self.first) or 'nothing'}: kept in {self.kept} of frames, moved {self.travelled:.2f} widths"
+        )
+
+
+def identity(frames: Iterable[np.ndarray]) -> Identity:
+    """Compare every frame with the first.
+
+    Args:
+        frames: uint8 RGB, each (H, W, 3).
+
+    Raises:
+        ValueError: for no frames.
+    """
+    first: list[str] | None = None
+    before: dict[str, tuple[float, float]] = {}
+    right = asked = 0
+    travelled = 0.0
+    for frame in frames:
+        sprites = read(frame).sprites
+        seen = sorted(_name(one) for one in sprites)
+        if first is None:
+            first = seen
+        else:
+            asked += 1
+            right += seen == first and bool(first)
+        places = {_name(one): _centre(one) for one in sprites if one.kind}
+        for name, place in places.items():
+            if name in before:
+                travelled += float(np.hypot(place[0] - before[name][0], place[1] - before[name][1]))
+        before = before | places
+    if first is None:
+        raise ValueError("there is no frame to look at; give a film that plays")
+    return Identity(tuple(first), rate(right, asked), travelled / max(1, len(first)))
+
+
+def frames_of(path: Path, most: int | None = None) -> Iterator[np.ndarray]:
+    """The frames of a film one after another, at most so many. Raises ValueError if it does not play."""
+    from ..pipelines.film import require_ffmpeg
+
+    reader = require_ffmpeg().read_frames(str(path))
+    try:
+        width, height = next(reader)["size"]
+    except (OSError, StopIteration) as error:
+        raise ValueError(f"{path} does not play: {' '.join(str(error).split())[:160]}; give an MP4") from None
+    for i, data in enumerate(reader):
+        if most is not None and i >= most:
+            break
+        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    reader.close()
+
+
+def _name(one: Found) -> str:
+    return f"{one.tint} {one.kind}" if one.kind else "something"
+
+
+def _centre(one: Found) -> tuple[float, float]:
+    x0, y0, x1, y1 = one.box
+    return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def main(film: Annotated[Path, tyro.conf.Positional], frames: int | None = None, json: bool = False) -> None:
+    """Tell how well a film keeps what its first frame shows.
+
+    Args:
+        film: MP4 of the emoji world.
+        frames: look at so many from the first on; all if left out.
+        json: print one JSON object.
+    """
+    found = identity(frames_of(film, frames))
+    told = {"first": found.first, "right": found.kept.right, "asked": found.kept.asked, "travelled": found.travelled}
+    print(json_text.dumps(told) if json else found)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
