@@ -13,7 +13,7 @@ from PIL import Image
 from reattend.pipelines import Recipe
 from reattend.pipelines.events import StepEvent
 from reattend.ui.cli import main
-from reattend.ui.commands import Bar
+from reattend.ui.options import Bar
 
 QUICK = ["--steps", "2", "--seed", "5", "--width", "24", "--height", "16"]
 

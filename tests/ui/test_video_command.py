@@ -18,7 +18,7 @@ import tiny
 
 from reattend.pipelines import CancelToken, Recipe, Video
 from reattend.pipelines.checkpoint import latest, parts_folder
-from reattend.ui import commands
+from reattend.ui import video_command
 from reattend.ui.cli import main
 from reattend.ui.options import stoppable
 
@@ -139,7 +139,7 @@ def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_fo
 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_path, capsys, monkeypatch):
-    class Interrupting(commands.Bar):
+    class Interrupting(video_command.Bar):
         def __call__(self, event):
             super().__call__(event)
             if event.step == 1:
@@ -161,7 +161,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_pat
         *SHORT,
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "Bar", Interrupting)
+        patch.setattr(video_command, "Bar", Interrupting)
         assert main(argv) == 130
     assert "go on" not in capsys.readouterr().out and latest(parts_folder(out)).step == 1
     assert main(["video", "--resume", str(out)]) == 0

@@ -1,0 +1,156 @@
+"""The command that makes films: `reattend video`."""
+
+from __future__ import annotations
+
+import json as json_text
+import secrets
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from ..pipelines.recipe import Recipe
+from ..pipelines.videos import Video as Length
+from .image_commands import Image
+from .options import (
+    FILE,
+    NUMBER,
+    OUT,
+    TEXT,
+    WHOLE,
+    Bar,
+    default,
+    quiet_libraries,
+    stoppable,
+)
+from .ranks import TIMEOUT, joined
+
+DEFAULT_LENGTH = Length()
+VIDEO_MODEL = "tiny-video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video(Image):
+    """Make a film of any length from a text, and write it as MP4 with its recipe inside and beside it.
+
+    One process or many make the same film: torchrun --nproc-per-node 4 -m reattend.ui.cli video "..." --frames 256. A film
+    that was stopped (Ctrl-C) or died goes on with --resume, also with another number of processes.
+    """
+
+    prompt: Annotated[str | None, Positional, TEXT, arg(metavar="PROMPT", help_behavior_hint="")] = None
+    """What the film shows, from its first frame on. May be left out with --recipe or --resume."""
+    recipe: Annotated[Path | None, FILE, default("none")] = None
+    """MP4 or JSON file that reattend wrote: make that film again. Other options change single values of it."""
+    model: Annotated[str | None, TEXT, default(VIDEO_MODEL)] = None
+    """Bundled name, local diffusers folder, or hub id of an AnimateDiff pipeline."""
+    negative: Annotated[str | None, TEXT, default("none")] = None
+    """What the film should not show."""
+    frames: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.frames)] = None
+    """Frames in all."""
+    fps: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.fps)] = None
+    """Frames per second of the file."""
+    then: Annotated[
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="FRAME PROMPT", help_behavior_hint="(default: none; repeatable)"),
+    ] = ()
+    """From this frame on the film shows something else: --then 64 "a blue balloon on sea"."""
+    blend: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.blend)] = None
+    """Frames over which a later prompt takes over; 0 = at once."""
+    attention: Annotated[
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: dual-scope; repeatable)"),
+    ] = ()
+    """Attention to use, for example: --attention dual-scope anchors=8 --attention agent ratio=0.4"""
+    clip: int = 16
+    """Frames on the device at a time; less takes less memory. Changes nothing in the film."""
+    out: Path = OUT
+    """Folder, or name of an MP4 file."""
+    resume: Annotated[Path | None, FILE, default("none")] = None
+    """Name of a film that was not finished: go on with it. All other options are those it was begun with."""
+    timeout: Annotated[float, NUMBER, default(f"{TIMEOUT.total_seconds():g}")] = TIMEOUT.total_seconds()
+    """Seconds after which a process that does not answer counts as lost; under torchrun."""
+
+    def run(self) -> None:
+        """Make the film. Raises ValueError or TypeError for bad input, as early as possible."""
+        from ..pipelines.events import Cancelled, CancelToken
+        from ..pipelines.files import check_writable, free_path
+        from ..pipelines.film import check_film_path
+
+        recipe, out = self.unfinished() if self.resume is not None else (self.to_recipe(), self.out)
+        named = out.suffix != ""
+        if named:
+            check_film_path(out)
+        for name, value in (("clip", self.clip), ("timeout", self.timeout)):
+            if value <= 0:
+                raise ValueError(f"--{name} must be more than 0, got {value}")
+        check_writable(out)
+        began, token = time.monotonic(), CancelToken()
+        quiet_libraries()
+        from ..pipelines import load, long_video
+
+        with joined(self.timeout) as ranks:
+            recipe = ranks.seeded(recipe)
+            if recipe.seed is None:
+                recipe = replace(recipe, seed=secrets.randbelow(2**32))
+            path = ranks.agreed(str(out if named else free_path(out, f"{recipe.prompt} {recipe.seed}", ".mp4")))
+            pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
+            try:
+                with stoppable(token, speaks=ranks.speaks), Bar(silent=not ranks.speaks) as bar:
+                    film = long_video(recipe, path, pipe=pipe, clip=self.clip, on_step=bar, cancel=token)
+            except Cancelled:
+                if ranks.speaks:
+                    kept = Path(f"{path}.parts").exists()
+                    more = f"; what is done is kept: reattend video --resume {path}" if kept else ""
+                    print(f"reattend: stopped{more}", file=sys.stderr)
+                raise SystemExit(130) from None
+        if not ranks.speaks:
+            return
+        seconds = time.monotonic() - began
+        if self.json:
+            made = {"film": path, "recipe_file": f"{path}.json", "seconds": round(seconds, 3), "sent": film.sent}
+            print(json_text.dumps({**made, "recipe": json_text.loads(film.recipe.to_json())}))
+        else:
+            frames = film.recipe.video.frames if film.recipe.video else 0
+            print(f"{path}  (seed {film.recipe.seed}, {frames} frames, {seconds:.1f} s)")
+
+    def to_recipe(self) -> Recipe:
+        """The recipe of `--recipe` or the default one, with the options that were given, and its length."""
+        given: dict[str, Any] = {"attention": self._attention()} if self.attention else {}
+        if self.model is None and self.recipe is None:
+            given["model"] = VIDEO_MODEL
+        recipe = self._recipe(given)
+        length = {name: getattr(self, name) for name in ("frames", "fps", "blend") if getattr(self, name) is not None}
+        if self.then:
+            length["later"] = tuple(_later(words) for words in self.then)
+        return replace(recipe, upscale=None, video=replace(recipe.video or DEFAULT_LENGTH, **length))
+
+    def unfinished(self) -> tuple[Recipe, Path]:
+        """The recipe of the film of `--resume`, and its path."""
+        from ..pipelines.checkpoint import latest, parts_folder
+
+        assert self.resume is not None
+        given = [
+            name for name in ("prompt", "recipe", "model", "frames", "seed", "steps") if getattr(self, name) is not None
+        ]
+        if given:
+            raise ValueError(f"--resume goes on with a film as it was begun; leave out {', '.join(given)}")
+        found = latest(parts_folder(self.resume))
+        if found is None:
+            raise ValueError(
+                f"there is no unfinished film {self.resume}: {parts_folder(self.resume)} holds no checkpoint"
+            )
+        return Recipe.from_json(json_text.dumps(found.manifest["recipe"])), self.resume
+
+
+def _later(words: tuple[str, ...]) -> tuple[int, str]:
+    """A later prompt as it is typed. Raises ValueError."""
+    if len(words) != 2 or not words[0].isdecimal():
+        raise ValueError(
+            f'--then cannot read {" ".join(words)!r}: write --then FRAME PROMPT, as in --then 64 "a blue car"'
+        )
+    return int(words[0]), words[1]
