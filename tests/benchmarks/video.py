@@ -37,7 +37,7 @@ from .measure import measured, surroundings
 __all__ = ["predict", "run", "table", "working_set"]
 
 STEPS = 2
-LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (16, 20)
+LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (17,)
 PEER, PEER_LONGEST = "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
 RANKS_FRAMES, QUICK_RANKS_FRAMES = 64, 4
 GUIDED = 2  # rows of a call
