@@ -48,7 +48,7 @@ def test_the_readme_table_comes_from_a_kept_result(tmp_path, capsys):
     assert "no result of the benchmark of CLEAR (it is of" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("clear-*.json")), ids=lambda file: file.name)
 def test_results_in_the_repository_are_whole_and_name_where_they_come_from(file):
     result = json.loads(file.read_text())
     assert result["device"] and result["versions"]["torch"] and result["command"] == "reattend bench clear"
