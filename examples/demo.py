@@ -1,9 +1,10 @@
-"""What `make demo` shows: stock and agent attention on the bundled model, the same prompts and seeds.
+"""What `make demo` shows on the bundled model: stock, agent and local attention from the same prompts and seeds, and a story.
 
     python examples/demo.py
 
-Writes to out/demo/: every picture with its recipe, one contact sheet (sheet.png), and a table of times and of what the
-reader saw in the pictures (table.md, table.json). Needs no network and about a minute on two CPU cores.
+Writes to out/demo/: every picture with its recipe, one contact sheet (sheet.png), a table of times and of what the
+reader saw in the pictures (table.md, table.json), and the story of story.json (story/strip.png). Needs no network and about
+a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import statistics
 import textwrap
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from reattend.emoji_world.read import read, score
-from reattend.pipelines import Picture, Recipe, generate, load
+from reattend.pipelines import Picture, Recipe, Script, generate, load, story
 from reattend.pipelines.files import written_whole
+from reattend.ui.finding import find_emoji
 
 PROMPTS = (
     "a blue car on sand",
@@ -32,7 +34,12 @@ PROMPTS = (
     "an orange cat and a cyan fish and a yellow star on night",
     "a red balloon and a house on dusk",
 )
-ARMS: dict[str, tuple[dict[str, Any], ...]] = {"stock": (), "agent": ({"name": "agent"},)}
+ARMS: dict[str, tuple[dict[str, Any], ...]] = {
+    "stock": (),
+    "agent": ({"name": "agent"},),
+    "clear": ({"name": "clear", "radius": 6},),
+}
+STORY = Path(__file__).with_name("story.json")
 SIDE, MARGIN, TEXT = 160, 8, 14  # of the contact sheet, in pixels
 
 
@@ -78,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         json_file.write_text(
             json.dumps({"made_with": made_with, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         )
-    print(f"{table}\n\nPictures: {files[0]}")
+    tale = replace(Script.read(STORY), steps=given.steps)
+    story(tale, pipe=pipe, find=find_emoji).save(given.out / "story")
+    print(f"{table}\n\nPictures: {files[0]}\nStory: {given.out / 'story' / 'strip.png'}")
 
 
 def to_row(arm: str, pictures: list[Picture], seconds: list[float]) -> Row:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .image import generate, preview
     from .picture import Picture
     from .splitting import patches
-    from .stories import Story, story
+    from .stories import story
+    from .told import Story
     from .upscaling import upscale
 
 _HOME = {
@@ -33,7 +34,7 @@ _HOME = {
     "patches": ".splitting",
     "pluggable": "..attn_processors",
     "preview": ".image",
-    "Story": ".stories",
+    "Story": ".told",
     "story": ".stories",
     "upscale": ".upscaling",
 }

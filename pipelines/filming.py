@@ -12,25 +12,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import inspect
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..attn_processors.comm import Comm, RankLost, Span
-from ..attn_processors.families import replaced
+from ..attn_processors.comm import Comm, Span
 from ..attn_processors.installer import patched, supported
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
+from .agreement import check_alike, named, request_digest
+from .borrowing import Schedule, TextOfFrames, kept_on_host
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -112,14 +110,14 @@ def long_video(
         raise ValueError(
             f"{recipe.video.frames} frames cannot be split over {comm.size} ranks; use at most {recipe.video.frames}"
         )
-    with _named(comm):
+    with named(comm):
         if pipe is None:
             pipe = load(recipe.model, dtype=recipe.dtype)
         recipe = filled_in(recipe, pipe)
-        digest = _digest(recipe, pipe)
+        digest = request_digest(recipe, pipe)
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0
-        _check_alike(control, digest)
+        check_alike(control, digest)
         with told_memory(f"{clip} frames of {recipe.width} x {recipe.height} pixels", "a smaller clip or size"):
             making = _Making(recipe, pipe, out, digest, control, cancel, began, save_every, on_step)
             latents, film = making.denoise(clip, comm)
@@ -185,16 +183,16 @@ class _Making:
             resumed = self._resumed()
             text, arguments = self._text(film.own)
             (model,) = supported(pipe)
-            schedule = _Schedule(pipe, resumed)
+            schedule = Schedule(pipe, resumed)
             triples: list[tuple[Any, str, Any]] = [
                 (pipe.scheduler, "step", PerFrameStep(pipe.scheduler, recipe.seed, film.own)),
                 (pipe.scheduler, "set_timesteps", schedule),
                 (pipe, "prepare_latents", schedule.latents),
             ]
             noise = self._noise(film.own).to(pipe.dtype) if resumed is None else None
-            hook = model.register_forward_pre_hook(_Text(text), with_kwargs=True)
+            hook = model.register_forward_pre_hook(TextOfFrames(text), with_kwargs=True)
             try:
-                with patched([*triples, *_kept_on_host(pipe)]), without_progress_bar(pipe):
+                with patched([*triples, *kept_on_host(pipe)]), without_progress_bar(pipe):
                     self.begin = 0 if resumed is None else resumed.step
                     output = pipe(
                         **arguments,
@@ -353,54 +351,6 @@ class _Making:
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-class _Text:
-    """Root pre-hook: puts the text of the frames in the place of the pipeline's placeholder."""
-
-    def __init__(self, text: FramePrompts):
-        self.text = text
-
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return replaced(model, args, kwargs, encoder_hidden_states=self.text)
-
-
-class _Schedule:
-    """Stands for `scheduler.set_timesteps`: a film that goes on has the remaining steps only.
-
-    The pipeline reads the timesteps once, then prepares its latents; after that the scheduler has all of them again, which
-    tell phases of attention how far the film is.
-    """
-
-    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
-        self.scheduler, self.resumed = pipe.scheduler, resumed
-        self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
-        functools.update_wrapper(self, self.stock)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.stock(*args, **kwargs)
-        self.whole = self.scheduler.timesteps
-        if self.resumed is not None:
-            checkpoint.restore(self.scheduler, self.resumed.history)
-            self.scheduler.timesteps = self.whole[self.resumed.step :]
-
-    def latents(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Stands for `pipe.prepare_latents`."""
-        if self.resumed is None:
-            return self.prepare(*args, **kwargs)
-        self.scheduler.timesteps = self.whole
-        return self.resumed.latents
-
-
-def _kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
-    """A patch that makes the pipeline keep latents in host memory, where `streamed` wants them; none on a CPU.
-
-    Pipelines compute where the offloading hook of their first model says.
-    """
-    first = next(part for part in pipe.components.values() if isinstance(part, nn.Module))
-    if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
-        return []
-    return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
-
-
 def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
     name = type(pipe).__name__
     needed = {"prompt_embeds", "num_frames", "latents", "num_inference_steps", "callback_on_step_end"}
@@ -416,43 +366,6 @@ def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> N
     if getattr(pipe, "free_noise_enabled", False):
         raise ValueError(f"{name} runs FreeNoise, another way to long films; call pipe.disable_free_noise() first")
     check_scheduler(pipe.scheduler, 4)
-
-
-def _digest(recipe: Recipe, pipe: Any) -> str:
-    """Of the request and the weights, the same on every device."""
-    total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
-    total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {dict(pipe.scheduler.config)}".encode())
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for part, model in sorted(pipe.components.items()):
-        if isinstance(model, nn.Module):
-            for name, value in model.named_parameters():
-                added = int(value.detach().view(bits[value.element_size()]).sum(dtype=torch.int64))
-                total.update(f"{part}.{name} {tuple(value.shape)} {added}".encode())
-    return total.hexdigest()
-
-
-def _check_alike(comm: Comm, digest: str) -> None:
-    """Raise ValueError if the ranks were not called with the same recipe and weights."""
-    comm.place = "comparing requests"
-    mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-    for rank, theirs in enumerate(comm.everyones(mine)):
-        if not torch.equal(theirs, mine):
-            raise ValueError(
-                f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
-                "the same versions and model files"
-            )
-
-
-@contextlib.contextmanager
-def _named(comm: Comm) -> Iterator[None]:
-    """Leave word of what went wrong on this rank, so that the others can say more than that it is gone."""
-    try:
-        yield
-    except (Cancelled, RankLost):
-        raise
-    except Exception as error:
-        comm.tell(f"rank {comm.rank} on {socket.gethostname()} in {comm.place or 'its preparations'}: {error}")
-        raise
 
 
 def _chunks(span: Span) -> list[Span]:

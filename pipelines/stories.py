@@ -11,86 +11,31 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..attn_processors import IsolationRepositionAttnProcessor, Place, install
 from ..attn_processors.context import Context
 from ..attn_processors.ops.regions import Box, pack_mask
 from ..attn_processors.subjects import Bank
 from .events import CancelToken, StepEvent
-from .files import written_whole
 from .image import attention_of, filled_in, stock_rows
 from .load import load
-from .masks import as_place, overlay, text_tokens, words_of
+from .masks import as_place, text_tokens, words_of
 from .references import BankPlan, Pinned, opened, plan_bank
 from .script import Panel, Script, Subject
+from .told import Story
 
-__all__ = ["USUAL", "Story", "story", "strip"]
+__all__ = ["USUAL", "story"]
 
 # What works best on the bundled models; a story's `consistency` changes single settings.
 USUAL = {"branches": "cond"}
 USUAL_UNET = {"text_mix": 0.5}
 Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
-GAP = 4  # pixels between the pictures of a strip
-
-
-@dataclass(kw_only=True, eq=False)
-class Story:
-    """Finished panels.
-
-    Attributes:
-        script: makes the same pixels again on a CPU; every seed is in it.
-        panels: pictures by number, counted from 0; only those that were asked for.
-        references: pictures by subject.
-        places: where every subject was at the end, by panel; masks found by attention maps among them.
-        report: what was not found, and what the bank holds; one line each.
-    """
-
-    script: Script
-    panels: dict[int, Image.Image] = field(default_factory=dict)
-    references: dict[str, Image.Image] = field(default_factory=dict)
-    places: dict[int, tuple[Place, ...]] = field(default_factory=dict)
-    report: list[str] = field(default_factory=list)
-
-    def shown(self, number: int) -> Image.Image:
-        """A panel with the place of every subject laid over it."""
-        return overlay(self.panels[number], self.places[number], [subject.name for subject in self.script.subjects])
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write panels, references, places and a strip as PNG, and the script; the story is inside every panel and beside.
-
-        Panels that were not made now stay as they are in the folder. All files appear whole, or none does.
-        """
-        files: dict[Path, Image.Image | str] = {}
-        for number, picture in self.panels.items():
-            files[folder / f"panel-{number + 1}.png"] = picture
-            files[folder / f"panel-{number + 1}-places.png"] = self.shown(number)
-        for i, subject in enumerate(self.script.subjects):
-            if subject.name in self.references:
-                files[folder / f"reference-{i + 1}.png"] = self.references[subject.name]
-        pictures = [
-            self.panels.get(number) or _there(folder / f"panel-{number + 1}.png")
-            for number in range(len(self.script.panels))
-        ]
-        if all(picture is not None for picture in pictures):
-            files[folder / "strip.png"] = strip([picture for picture in pictures if picture is not None])
-        files[folder / "story.json"] = self.script.to_json() + "\n"
-        chunks = PngInfo()
-        chunks.add_text("reattend story", self.script.to_json())
-        with written_whole(*files) as asides:
-            for aside, content in zip(asides, files.values(), strict=True):
-                if isinstance(content, str):
-                    aside.write_text(content, encoding="utf-8")
-                else:
-                    content.save(aside, format="PNG", pnginfo=chunks)
-        return list(files)
 
 
 def story(
@@ -143,16 +88,6 @@ def story(
     made.places = {number: places for number, places in made.places.items() if number in wanted}
     made.report = list(dict.fromkeys(made.report))
     return made
-
-
-def strip(pictures: Sequence[Image.Image], columns: int = 6) -> Image.Image:
-    """Pictures side by side, in rows of at most `columns`."""
-    width, height = (max(picture.size[axis] for picture in pictures) + GAP for axis in (0, 1))
-    across = min(columns, len(pictures))
-    sheet = Image.new("RGB", (across * width - GAP, -(-len(pictures) // across) * height - GAP), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % across * width, i // across * height))
-    return sheet
 
 
 class _Job:
@@ -464,11 +399,3 @@ def _taken(pipe: Any) -> set[str]:
 
     contexts = [context for model in denoisers(pipe) if (context := context_of(model)) is not None]
     return {swap.info.name for context in contexts for item in context.installations for swap in item.swaps}
-
-
-def _there(path: Path) -> Image.Image | None:
-    """A panel made before, if it is in the folder."""
-    if not path.is_file():
-        return None
-    with Image.open(path, formats=["PNG"]) as image:
-        return image.convert("RGB")

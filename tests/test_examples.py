@@ -40,14 +40,21 @@ def test_image_makes_a_stock_and_an_agent_picture(tmp_path, capsys, monkeypatch)
 def test_demo_makes_pictures_a_contact_sheet_and_a_table(tmp_path, capsys, monkeypatch):
     demo = script("demo", monkeypatch)
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
-    demo.main(["--steps", "2", "--out", str(tmp_path)])
+    tale = json.loads(demo.STORY.read_text())
+    tale["panels"] = [tale["panels"][0] | {"places": {"Flora": [0, 0, 0.5, 1], "Hill": [0.5, 0, 1, 1]}}]
+    (tmp_path / "tale.json").write_text(json.dumps(tale))
+    monkeypatch.setattr(demo, "STORY", tmp_path / "tale.json")
+    out = tmp_path / "demo"
+    demo.main(["--steps", "2", "--out", str(out)])
     pictures = {f"1-{arm}.png" for arm in demo.ARMS}
     recipes = {f"{name}.json" for name in pictures}
-    assert {path.name for path in tmp_path.iterdir()} == pictures | recipes | {"sheet.png", "table.md", "table.json"}
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["attention"] for row in rows] == ["stock", "agent"]
+    tables = {"sheet.png", "table.md", "table.json"}
+    assert {path.name for path in out.iterdir()} == pictures | recipes | tables | {"story"}
+    assert Image.open(out / "story" / "strip.png").width >= 128
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["stock", "agent", "clear"]
     for row in rows:
         assert row["seconds"] > 0
         assert all(0 <= row[part] <= 1 for part in ("kinds", "tints", "background"))
-    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
-    assert Image.open(tmp_path / "sheet.png").height > 2 * demo.SIDE
+    assert (out / "table.md").read_text().strip() in capsys.readouterr().out
+    assert Image.open(out / "sheet.png").height > 2 * demo.SIDE

@@ -26,7 +26,8 @@ from ..attn_processors import installed
 from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from ..pipelines.script import Panel, Script
-from ..pipelines.stories import Story, story, strip
+from ..pipelines.stories import story
+from ..pipelines.told import Story, strip
 from .evaluate import environment, fingerprint, reader_digest
 from .rates import difference, rate
 from .read import Reading, read

@@ -14,7 +14,7 @@ from PIL import Image
 from reattend.pipelines import Cancelled, CancelToken, Panel, Script, Subject, story
 from reattend.pipelines.masks import mask_picture, overlay, read_mask, text_tokens, words_of
 from reattend.pipelines.references import encode, plan_bank
-from reattend.pipelines.stories import strip
+from reattend.pipelines.told import strip
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
 WHOLE = [0, 0, 1, 1]

@@ -1,0 +1,56 @@
+"""Ranks that make one film: are they asked for the same, and what went wrong on the one that is gone?"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attn_processors.comm import Comm, RankLost
+from .events import Cancelled
+from .recipe import Recipe
+
+__all__ = ["check_alike", "named", "request_digest"]
+
+
+def request_digest(recipe: Recipe, pipe: Any) -> str:
+    """Of the request and the weights, the same on every device."""
+    total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
+    total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {dict(pipe.scheduler.config)}".encode())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for part, model in sorted(pipe.components.items()):
+        if isinstance(model, nn.Module):
+            for name, value in model.named_parameters():
+                added = int(value.detach().view(bits[value.element_size()]).sum(dtype=torch.int64))
+                total.update(f"{part}.{name} {tuple(value.shape)} {added}".encode())
+    return total.hexdigest()
+
+
+def check_alike(comm: Comm, digest: str) -> None:
+    """Raise ValueError if the ranks were not called with the same recipe and weights."""
+    comm.place = "comparing requests"
+    mine = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+    for rank, theirs in enumerate(comm.everyones(mine)):
+        if not torch.equal(theirs, mine):
+            raise ValueError(
+                f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
+                "the same versions and model files"
+            )
+
+
+@contextlib.contextmanager
+def named(comm: Comm) -> Iterator[None]:
+    """Leave word of what went wrong on this rank, so that the others can say more than that it is gone."""
+    try:
+        yield
+    except (Cancelled, RankLost):
+        raise
+    except Exception as error:
+        comm.tell(f"rank {comm.rank} on {socket.gethostname()} in {comm.place or 'its preparations'}: {error}")
+        raise
