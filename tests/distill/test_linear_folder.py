@@ -73,7 +73,7 @@ def test_removal_follows_the_model_to_another_type(model, tmp_path):
 
 def test_single_settings_may_be_replaced(model, tmp_path):
     save_linear(tmp_path, model, METHOD, trained(model))
-    method, _, trained_on = read_linear(tmp_path, radius=5, backend="reference")
+    method, _, trained_on, _ = read_linear(tmp_path, radius=5, backend="reference")
     assert (method.radius, method.backend, trained_on) == (5.0, "reference", "FluxTransformer2DModel")
 
 

@@ -96,9 +96,9 @@ def test_the_teacher_is_untouched_and_the_student_loads_in_one_call(flux, config
     assert torch.equal(tiny.run(flux), stock)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank):
-    settings = config(steps=3, ema=0, rank=rank, lr=1e-2)
+@pytest.mark.parametrize(("rank", "layers"), [(None, None), (4, None), (None, "^single_")])
+def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank, layers):
+    settings = config(steps=3, ema=0, rank=rank, layers=layers, lr=1e-2)
     distill(settings, pipe=flux)
     joined, make = in_one_process(settings, flux)
     with joined as ranks:
