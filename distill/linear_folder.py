@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..attn_processors import ATTN_PROCESSORS, AttnMethod, ClearAttnProcessor, Handle
 from ..attn_processors.clear import POOL_WEIGHTS
+from ..attn_processors.context import context_of
 from ..attn_processors.installer import apply, plan, remove_all, supported
 from ..attn_processors.layer import EXTRA
 from ..pipelines.files import written_whole
@@ -167,26 +168,41 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> dict[str, nn.Parameter]:
     """The tensors as parameters on the device and in the type of the ones they replace; checks every name and shape."""
-    there = dict(model.named_parameters())
+    live, there = dict(model.named_parameters()), _stock(model)
     parameters = {}
     for name, tensor in _merged(there, tensors, path).items():
         layer, _, attribute = name.rpartition(".")
-        like = there.get(name)
-        if like is None and attribute.startswith(EXTRA):
-            like = next((value for key, value in there.items() if key.startswith(layer + ".")), None)
-        elif like is not None and like.shape != tensor.shape:
+        like = name
+        if name not in there and attribute.startswith(EXTRA):
+            like = next((key for key in there if key.startswith(layer + ".")), name)
+        elif name in there and there[name].shape != tensor.shape:
             raise ValueError(
-                f"{path}: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(like.shape)}; it was trained "
-                "on another model, or this one is quantised."
+                f"{path}: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(there[name].shape)}; it was "
+                "trained on another model, or this one is quantised."
             )
-        if like is None:
+        if like not in there:
             raise ValueError(
                 f"{path}: this {type(model).__name__} has no parameter {name!r}; load the model it was trained on, "
                 "without adapters (fuse or unload a LoRA first)."
             )
-        replacement = nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=False)
-        parameters[name] = replacement
+        now = live[like]  # an original that a student stands in for may have missed a move of the model
+        parameters[name] = nn.Parameter(tensor.to(now.device, now.dtype), requires_grad=False)
     return parameters
+
+
+def _stock(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, also those in whose place an installed student's are."""
+    found = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in found.items()}
+    context = context_of(model)
+    for item in reversed(context.installations if context is not None else []):
+        for patch in reversed(item.patches):
+            name = names.pop(id(patch.replacement), None)
+            if name is not None and isinstance(patch.original, nn.Parameter):
+                found[name], names[id(patch.original)] = patch.original, name
+            elif name is not None:  # one that the student added
+                del found[name]
+    return found
 
 
 def _merged(there: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
