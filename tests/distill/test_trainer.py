@@ -23,7 +23,7 @@ from reattend.attn_processors.families import family_of
 from reattend.distill import distill, load_linear
 from reattend.distill import trainer as trainer_module
 from reattend.distill.batches import learning_rate
-from reattend.distill.checkpoint import checkpoints
+from reattend.distill.checkpoint import checkpoints, newest, save
 from reattend.distill.shards import Samples
 from reattend.distill.trainer import Run
 from reattend.pipelines import CancelToken
@@ -202,6 +202,22 @@ def test_a_damaged_checkpoint_is_left_out(flux, config):
         (path / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"none of the \d checkpoints .* can be read; delete them"):
         distill(settings, pipe=flux)
+
+
+def test_a_damaged_newest_checkpoint_does_not_push_out_good_ones(tmp_path):
+    def write(step: int, keep: int) -> None:
+        value = torch.full((2,), float(step))
+        save(tmp_path, step, iter([("trained.x", value)]), {}, lambda folder: folder.mkdir(), keep=keep)
+
+    write(50, keep=2)
+    write(100, keep=2)
+    (tmp_path / "step-00000100" / "state.safetensors").write_bytes(b"broken")
+    found = newest(tmp_path)
+    assert found is not None and found[0]["step"] == 50
+    write(60, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000060"]
+    found = newest(tmp_path)
+    assert found is not None and torch.equal(load_file(found[1])["trained.x"], torch.full((2,), 60.0))
 
 
 def test_sigterm_ends_after_the_step_with_a_checkpoint(flux, config):
