@@ -34,7 +34,9 @@ EPS = 1e-6
 Given = ParamSpec("Given")
 
 
-def _without_autocast(form: Callable[Concatenate[Tensor, Given], Tensor]) -> Callable[Concatenate[Tensor, Given], Tensor]:
+def _without_autocast(
+    form: Callable[Concatenate[Tensor, Given], Tensor],
+) -> Callable[Concatenate[Tensor, Given], Tensor]:
     """The form with its sums in fp32 under autocast too, which would take every einsum back to 16 bits."""
 
     @wraps(form)
