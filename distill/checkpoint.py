@@ -41,7 +41,9 @@ def save(
     keep: int,
     writes: bool = True,
 ) -> None:
-    """Write one checkpoint into `folder` and delete all but the newest `keep`.
+    """Write one checkpoint into `folder` and delete all but the newest `keep`, and those of later steps.
+
+    A run goes on from the newest that can be read, so what is of a later step than this one could not.
 
     Args:
         tensors: names and values; every process has to go through them, since they may be gathered on the way.
@@ -65,7 +67,9 @@ def save(
     (aside / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
-    for old in checkpoints(folder)[keep:]:
+    there = checkpoints(folder)
+    later = [path for path in there if path.name > final.name]
+    for old in [*later, *there[len(later) + keep :]]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 from ..pipelines.checks import check_number, check_side, check_text
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, VERSION, about_digest, claim, is_whole, write_shard
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["captioned_pictures", "make_dataset", "read_prompts"]
 
@@ -80,6 +84,8 @@ def make_dataset(
         ("batch", batch, 1, 10_000),
     ):
         check_number(name, value, int, low, high)
+    if samples is not None:
+        check_number("samples", samples, int, 1, 10**9)
     sizes = [(int(width), int(height)) for width, height in sizes or [_own_size(pipe)]]
     for size in sizes:
         _check_size(size, denoising)
@@ -101,7 +107,7 @@ def make_dataset(
     claim(folder, about)
     digest = about_digest(about)
     with torch.no_grad():
-        if not (folder / EMPTY).exists():
+        if not is_whole(folder / EMPTY, digest, 1):
             write_shard(folder / EMPTY, [denoising.encode_text([""], text_length)], [""], digest, sizes[0])
         mine = range(part[0], len(plan.shards), part[1])
         total, done = sum(len(plan.shards[number][0]) for number in mine), 0
@@ -195,7 +201,6 @@ def _of_prompts(
     for prompt in prompts:
         check_text("prompt", prompt, PROMPT_LENGTH)
     count = len(prompts) if samples is None else samples
-    check_number("samples", count, int, 1, 10**9)
     captions = [prompts[i % len(prompts)] for i in range(count)]
     shards = [
         (captions[start : start + shard], sizes[number % len(sizes)])
@@ -217,12 +222,10 @@ def _of_prompts(
 def _of_pictures(
     denoising: Denoising, folder: Path, samples: int | None, sizes: list[Size], length: int | None, shard: int
 ) -> _Plan:
-    from PIL import Image
-
     found = captioned_pictures(folder)[:samples]
     by_size: dict[Size, list[tuple[Path, str]]] = {size: [] for size in sizes}
     for path, caption in found:
-        with Image.open(path) as picture:
+        with _upright(path) as picture:
             ratio = np.log(picture.width / picture.height)
         by_size[min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - ratio))].append((path, caption))
     parts = [
@@ -241,14 +244,24 @@ def _of_pictures(
 
 def _pixels(path: Path, size: Size) -> Tensor:
     """A picture that covers `size`, (3, height, width) in [-1, 1]."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    with _upright(path) as picture:
+        fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+@contextmanager
+def _upright(path: Path) -> Iterator[Image.Image]:
+    """A picture turned as its EXIF orientation says; what cannot be read in the with block is told in one sentence."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
+            ImageOps.exif_transpose(picture, in_place=True)
+            yield picture
+    except OSError as error:  # UnidentifiedImageError is one
         raise ValueError(f"cannot read the picture {path} ({error}); mend it or take it out") from None
-    return torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def mixed(*keys: int) -> int:

@@ -1,6 +1,7 @@
 """The folder of a trained linear model: settings of the attention and the parameters that were trained, nothing else.
 
-    linear_config.json      format, the method with its settings, the class it was trained on, digest of the tensors
+    linear_config.json      format, the method with its settings, the layers that have it, the class it was trained on, digest
+                            of the tensors
     student.safetensors     parameters by their diffusers names, e.g. transformer_blocks.0.attn.to_q.weight; of a low-rank
                             student its factors, ...to_q.low_rank.down and .up, whose product is added to the weight
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from ..attn_processors import ATTN_PROCESSORS, AttnMethod, ClearAttnProcessor, Handle
 from ..attn_processors.clear import POOL_WEIGHTS
-from ..attn_processors.installer import apply, plan, remove_all
+from ..attn_processors.context import context_of
+from ..attn_processors.installer import apply, plan, remove_all, supported
 from ..attn_processors.layer import EXTRA
 from ..pipelines.files import written_whole
 
@@ -50,11 +52,11 @@ def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
             does not have or has in another shape.
         FileNotFoundError: if there is nothing at `path`.
     """
-    method, tensors, trained_on = read_linear(path, **settings)
-    plans = plan(target, [method], replacing=True)
-    for model, _ in plans:
+    method, tensors, trained_on, layers = read_linear(path, **settings)
+    for model in supported(target):
         if trained_on not in (None, _class_name(model)):
             raise ValueError(f"{path} was trained on a {trained_on}, got a {type(model).__name__}; load that model.")
+    plans = plan(target, [method], None if layers is None else frozenset(layers).__contains__, replacing=True)
     ((model, _),) = [part for part in plans if part[1][method]]
     parameters = _parameters(model, tensors, path)
     for other, _ in plans:
@@ -68,6 +70,7 @@ def save_linear(
     method: AttnMethod,
     tensors: Mapping[str, Tensor],
     *,
+    layers: Sequence[str] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder that `load_linear` reads, whole or not at all.
@@ -77,6 +80,7 @@ def save_linear(
         model: the denoiser; only its class name is stored.
         method: the attention it was trained with.
         tensors: the trained parameters by their names in `model`.
+        layers: names of the layers that have the attention; None = all that the method wants.
         info: what else people should know (base model, steps, licence), JSON-able.
     """
     from safetensors.torch import save_file
@@ -89,6 +93,7 @@ def save_linear(
         "version": VERSION,
         "model": _class_name(model),
         "method": {"name": method.name, **method.settings()},
+        "layers": None if layers is None else list(layers),
         "tensors": _digest(whole),
         "info": dict(info or {}),
     }
@@ -97,11 +102,16 @@ def save_linear(
         described.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_linear(path: str | Path, **settings: Any) -> tuple[AttnMethod, dict[str, Tensor], str | None]:
-    """(method, parameters by name, class name of the model it was trained on or None) of what `load_linear` takes."""
+def read_linear(
+    path: str | Path, **settings: Any
+) -> tuple[AttnMethod, dict[str, Tensor], str | None, list[str] | None]:
+    """What `load_linear` takes: method, parameters by name, class name of the model it was trained on, names of its layers.
+
+    The last is None where all layers have the method; so are both for a published file.
+    """
     path = Path(path)
     if path.is_file():
-        return *_read_published(path, settings), None
+        return *_read_published(path, settings), None, None
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"no {CONFIG} and {WEIGHTS} in {path}; give the folder of a distillation run's student."
@@ -119,7 +129,7 @@ def read_linear(path: str | Path, **settings: Any) -> tuple[AttnMethod, dict[str
     tensors = _load(path / WEIGHTS)
     if _digest(tensors) != config["tensors"]:
         raise ValueError(f"{path / WEIGHTS} does not hold the tensors {CONFIG} describes; copy the folder again.")
-    return ATTN_PROCESSORS[name].from_settings(stored | settings), tensors, config["model"]
+    return ATTN_PROCESSORS[name].from_settings(stored | settings), tensors, config["model"], config.get("layers")
 
 
 def _read_published(path: Path, settings: dict[str, Any]) -> tuple[AttnMethod, dict[str, Tensor]]:
@@ -158,26 +168,41 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _parameters(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> dict[str, nn.Parameter]:
     """The tensors as parameters on the device and in the type of the ones they replace; checks every name and shape."""
-    there = dict(model.named_parameters())
+    live, there = dict(model.named_parameters()), _stock(model)
     parameters = {}
     for name, tensor in _merged(there, tensors, path).items():
         layer, _, attribute = name.rpartition(".")
-        like = there.get(name)
-        if like is None and attribute.startswith(EXTRA):
-            like = next((value for key, value in there.items() if key.startswith(layer + ".")), None)
-        elif like is not None and like.shape != tensor.shape:
+        like = name
+        if name not in there and attribute.startswith(EXTRA):
+            like = next((key for key in there if key.startswith(layer + ".")), name)
+        elif name in there and there[name].shape != tensor.shape:
             raise ValueError(
-                f"{path}: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(like.shape)}; it was trained "
-                "on another model, or this one is quantised."
+                f"{path}: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(there[name].shape)}; it was "
+                "trained on another model, or this one is quantised."
             )
-        if like is None:
+        if like not in there:
             raise ValueError(
                 f"{path}: this {type(model).__name__} has no parameter {name!r}; load the model it was trained on, "
                 "without adapters (fuse or unload a LoRA first)."
             )
-        replacement = nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=False)
-        parameters[name] = replacement
+        now = live[like]  # an original that a student stands in for may have missed a move of the model
+        parameters[name] = nn.Parameter(tensor.to(now.device, now.dtype), requires_grad=False)
     return parameters
+
+
+def _stock(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, also those in whose place an installed student's are."""
+    found = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in found.items()}
+    context = context_of(model)
+    for item in reversed(context.installations if context is not None else []):
+        for patch in reversed(item.patches):
+            name = names.pop(id(patch.replacement), None)
+            if name is not None and isinstance(patch.original, nn.Parameter):
+                found[name], names[id(patch.original)] = patch.original, name
+            elif name is not None:  # one that the student added
+                del found[name]
+    return found
 
 
 def _merged(there: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:

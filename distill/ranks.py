@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from .config import DistillConfig
 
 __all__ = ["Ranks"]
 
+TIMEOUT = timedelta(
+    days=1
+)  # ranks wait for one another while samples or pictures are made, some much longer than others
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # ours -> accelerate's
 
 
@@ -38,6 +42,8 @@ class Ranks:
         """Join the processes there are, for the length of a with block."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.tracking import get_available_trackers
+        from accelerate.utils import InitProcessGroupKwargs
 
         if config.precision == "float16" and not torch.cuda.is_available():
             raise ValueError("precision float16 trains on CUDA only, and there is none; use bfloat16 or float32")
@@ -48,6 +54,10 @@ class Ranks:
                 "parallel='fsdp' shares one model between processes, and this is one: start it with torchrun "
                 "--nproc-per-node N -m reattend.ui.cli distill run ..., or use parallel='ddp'"
             )
+        if missing := sorted(set(config.trackers) - {str(name.value) for name in get_available_trackers()}):
+            raise ValueError(
+                f"tracker {missing[0]!r} is not installed; pip install {missing[0]}, or take it out of trackers"
+            )
         AcceleratorState._reset_state()  # it keeps the precision of the last run in this process
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
@@ -55,6 +65,7 @@ class Ranks:
             log_with=list(config.trackers) or None,
             project_dir=config.out,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         try:
             yield cls(accelerator)
@@ -101,7 +112,8 @@ class Ranks:
         mesh = dist.init_device_mesh(self.device.type, (self.size,))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".reattend_" in name and ".base." not in name)
-        for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for blocks in reversed(lists):  # what is inside first, as fully_shard wants it
             for block in blocks:
                 if any(hasattr(part, "processor") for part in block.modules()):
                     fully_shard(block, mesh=mesh)

@@ -276,7 +276,8 @@ class Run:
         tensors = {name: checkpoint.whole(value) for name, value in values.items()}
         if self.ranks.first:
             info = {"base": self.config.model, "steps": self.step, "batch": self.config.batch}
-            save_linear(folder, self.roles.model, self.method, self.roles.stored(tensors), info=info)
+            stored, layers = self.roles.stored(tensors), self.roles.layers
+            save_linear(folder, self.roles.model, self.method, stored, layers=layers, info=info)
 
     def close(self) -> None:
         """Leave the pipeline as it was found."""

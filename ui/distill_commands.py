@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Distill"]
 
 SAMPLES, RUN = Path("runs/samples"), Path("runs/distill")
+LONGEST = 86_400.0  # seconds; a rank with few shards waits until the others have made theirs
 KEYS = arg(metavar="KEY=VALUE", help_behavior_hint="(default: none; repeatable)")
 
 
@@ -88,7 +89,7 @@ class Data:
         elif self.pictures is not None:
             captioned_pictures(self.pictures)  # raises before the model is loaded
         quiet_libraries()
-        with joined() as ranks:
+        with joined(timeout=LONGEST) as ranks:
             pipe = load(self.model, device=ranks.device(self.device), dtype=self.dtype)
             pipe.set_progress_bar_config(disable=True)
             silent = None if ranks.speaks else True

@@ -17,6 +17,10 @@ Shapes: (B, N, h, d), the layout of diffusers' attention dispatcher.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,8 +31,23 @@ __all__ = [
 ]  # fmt: skip
 
 EPS = 1e-6
+Given = ParamSpec("Given")
 
 
+def _without_autocast(
+    form: Callable[Concatenate[Tensor, Given], Tensor],
+) -> Callable[Concatenate[Tensor, Given], Tensor]:
+    """The form with its sums in fp32 under autocast too, which would take every einsum back to 16 bits."""
+
+    @wraps(form)
+    def wide(q: Tensor, *args: Given.args, **kwargs: Given.kwargs) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return form(q, *args, **kwargs)
+
+    return wide
+
+
+@_without_autocast
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Kernel-linear attention with elu + 1: (B, N, h, d) each -> (B, N, h, d)."""
     fq, fk, values = F.elu(_wide(q)) + 1, F.elu(_wide(k)) + 1, _wide(v)
@@ -43,6 +62,7 @@ def kernel_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", weights, _wide(v)).to(v.dtype)
 
 
+@_without_autocast
 def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """InLine attention, an injective linear form whose weights sum to one: (B, N, h, d) each -> (B, N, h, d)."""
     queries, keys, values = scale * _wide(q), _wide(k), _wide(v)
@@ -58,6 +78,7 @@ def inline_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", weights, _wide(v)).to(v.dtype)
 
 
+@_without_autocast
 def flow_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Flow attention: (B, N, h, d) each -> (B, N, h, d)."""
     fq, fk, values = _wide(q).sigmoid(), _wide(k).sigmoid(), _wide(v)

@@ -61,6 +61,16 @@ def test_the_fast_form_is_the_explicit_one(name, tokens, dtype):
     assert fast(q, k, v).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_autocast_does_not_take_the_sums_back_to_16_bits(name, dtype):
+    fast, _ = FORMS[name]
+    q, k, v = qkv(tokens=128, dtype=dtype)
+    want = fast(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(q, k, v), want)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_gradients_are_those_of_the_explicit_form(name):
     fast, reference = FORMS[name]

@@ -50,7 +50,9 @@ def test_processes_share_the_shards_and_what_is_missing_is_made_again(flux, tmp_
     assert all(torch.equal(one[i]["latents"], two[i]["latents"]) for i in range(5))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("shard-*")}
     next(iter(files)).write_bytes(b"broken")
+    (tmp_path / "two" / "empty.safetensors").write_bytes(b"broken")
     make_dataset(flux, tmp_path / "two", **made)
+    assert torch.equal(Samples(tmp_path / "two").empty["text"], one.empty["text"])
     assert sum(path.stat().st_mtime_ns != before for path, before in files.items()) == 1
     assert torch.equal(Samples(tmp_path / "two")[0]["latents"], one[0]["latents"])
 
@@ -98,6 +100,22 @@ def test_pictures_go_to_the_nearest_size_and_are_encoded(flux, tmp_path):
     torch.testing.assert_close(got, want, atol=ROUNDING, rtol=0)
 
 
+def test_pictures_are_turned_as_their_cameras_say(flux, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    lying, made = Image.Exif(), []
+    lying[0x0112] = 6  # to be turned clockwise by a quarter
+    for name, turned in (("upright", 0), ("lying", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        exif = {"exif": lying} if turned else {}
+        Image.fromarray(np.rot90(pixels, turned)).save(folder / "a.png", **exif)
+        (folder / "a.txt").write_text("a")
+        sizes = [(32, 48), (48, 32)]
+        made.append(Samples(make_dataset(flux, folder / "out", pictures=folder, text_length=16, sizes=sizes)))
+    assert [list(samples.groups()) for samples in made] == [[(48, 32)]] * 2
+    assert torch.equal(made[0][0]["latents"], made[1][0]["latents"])
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -106,6 +124,7 @@ def test_pictures_go_to_the_nearest_size_and_are_encoded(flux, tmp_path):
         ({"sizes": [(36, 32)]}, "width does not work: got 36 pixels"),
         ({"steps": 0}, "steps is out of range: got 0"),
         ({"samples": 0}, "samples is out of range: got 0"),
+        ({"samples": -1, "prompts": None, "pictures": "x"}, "samples is out of range: got -1"),
     ],
 )
 def test_bad_input_is_one_sentence(flux, tmp_path, changes, sentence):

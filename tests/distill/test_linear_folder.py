@@ -73,7 +73,7 @@ def test_removal_follows_the_model_to_another_type(model, tmp_path):
 
 def test_single_settings_may_be_replaced(model, tmp_path):
     save_linear(tmp_path, model, METHOD, trained(model))
-    method, _, trained_on = read_linear(tmp_path, radius=5, backend="reference")
+    method, _, trained_on, _ = read_linear(tmp_path, radius=5, backend="reference")
     assert (method.radius, method.backend, trained_on) == (5.0, "reference", "FluxTransformer2DModel")
 
 
@@ -86,6 +86,36 @@ def test_a_pipeline_takes_it_too_and_a_second_one_replaces_the_first(flux, tmp_p
     assert torch.equal(denoise_flux(flux.transformer, IDS), once)
     handle.remove()
     assert torch.equal(denoise_flux(flux.transformer, IDS), stock)
+
+
+def low_rank(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Factors of rank 2 for each query projection."""
+    draw = torch.Generator().manual_seed(1)
+    layers = [name for name, module in model.named_modules() if name.endswith(".to_q")]
+    shapes = {"down": (2, 32), "up": (32, 2)}
+    return {f"{name}.low_rank.{k}": torch.randn(s, generator=draw) for name in layers for k, s in shapes.items()}
+
+
+def test_low_rank_students_are_added_to_the_stock_weights_whatever_is_installed(model, tmp_path):
+    save_linear(tmp_path / "low", model, METHOD, low_rank(model))
+    save_linear(tmp_path / "whole", model, METHOD, trained(model))
+    load_linear(model, tmp_path / "low")
+    once = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for before in ("low", "whole"):
+        load_linear(model, tmp_path / before)
+        load_linear(model, tmp_path / "low")
+        assert [name for name, value in once.items() if not torch.equal(model.get_parameter(name), value)] == []
+    model.to(torch.float64)
+    load_linear(model, tmp_path / "low")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_student_with_other_new_parameters_takes_the_place_of_one(model, tmp_path):
+    for pool in (2, 4):
+        method = ClearAttnProcessor(radius=3, pool=pool)
+        save_linear(tmp_path / str(pool), model, method, trained(model, pool))
+        load_linear(model, tmp_path / str(pool))
+        assert model.transformer_blocks[0].attn.reattend_pool_weights.shape == (pool, pool)
 
 
 @pytest.mark.parametrize("down", [None, 2])

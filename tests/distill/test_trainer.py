@@ -23,7 +23,7 @@ from reattend.attn_processors.families import family_of
 from reattend.distill import distill, load_linear
 from reattend.distill import trainer as trainer_module
 from reattend.distill.batches import learning_rate
-from reattend.distill.checkpoint import checkpoints
+from reattend.distill.checkpoint import checkpoints, newest, save
 from reattend.distill.shards import Samples
 from reattend.distill.trainer import Run
 from reattend.pipelines import CancelToken
@@ -96,9 +96,9 @@ def test_the_teacher_is_untouched_and_the_student_loads_in_one_call(flux, config
     assert torch.equal(tiny.run(flux), stock)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank):
-    settings = config(steps=3, ema=0, rank=rank, lr=1e-2)
+@pytest.mark.parametrize(("rank", "layers"), [(None, None), (4, None), (None, "^single_")])
+def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank, layers):
+    settings = config(steps=3, ema=0, rank=rank, layers=layers, lr=1e-2)
     distill(settings, pipe=flux)
     joined, make = in_one_process(settings, flux)
     with joined as ranks:
@@ -202,6 +202,22 @@ def test_a_damaged_checkpoint_is_left_out(flux, config):
         (path / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"none of the \d checkpoints .* can be read; delete them"):
         distill(settings, pipe=flux)
+
+
+def test_a_damaged_newest_checkpoint_does_not_push_out_good_ones(tmp_path):
+    def write(step: int, keep: int) -> None:
+        value = torch.full((2,), float(step))
+        save(tmp_path, step, iter([("trained.x", value)]), {}, lambda folder: folder.mkdir(), keep=keep)
+
+    write(50, keep=2)
+    write(100, keep=2)
+    (tmp_path / "step-00000100" / "state.safetensors").write_bytes(b"broken")
+    found = newest(tmp_path)
+    assert found is not None and found[0]["step"] == 50
+    write(60, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000060"]
+    found = newest(tmp_path)
+    assert found is not None and torch.equal(load_file(found[1])["trained.x"], torch.full((2,), 60.0))
 
 
 def test_sigterm_ends_after_the_step_with_a_checkpoint(flux, config):

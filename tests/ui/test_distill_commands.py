@@ -95,6 +95,22 @@ def test_a_student_is_compared_with_its_teacher(own, capsys):
     assert "there is no student at nothing" in capsys.readouterr().err
 
 
+def test_ranks_wait_for_the_samples_of_the_others_for_longer_than_the_usual_minutes(monkeypatch):
+    import torch.distributed as dist
+
+    class Joined(Exception):
+        pass
+
+    def group(*args, **kwargs):
+        raise Joined(kwargs["timeout"])
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", group)
+    with pytest.raises(Joined) as asked:
+        main(DATA)
+    assert asked.value.args[0].total_seconds() >= 86_400
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

@@ -1,0 +1,66 @@
+"""How a run joins its processes, without any: the limit they wait for, what is sharded first, and trackers that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from reattend.distill.ranks import Ranks
+
+
+class Joined(Exception):
+    """What the process group was asked for."""
+
+
+@pytest.fixture
+def two_processes(monkeypatch) -> Any:
+    """The environment torchrun makes, and a process group that only tells what it was asked for."""
+    from accelerate.state import PartialState
+
+    def group(*args: Any, **kwargs: Any) -> None:
+        raise Joined(kwargs["timeout"])
+
+    local = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in local.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
+def test_processes_wait_for_one_another_for_longer_than_the_usual_minutes(config, two_processes):
+    with pytest.raises(Joined) as asked, Ranks.joined(config()):
+        pass
+    assert asked.value.args[0] >= timedelta(hours=24)
+
+
+def test_what_is_inside_is_sharded_first(sd, config, monkeypatch):
+    order: list[torch.nn.Module] = []
+
+    def shard(module: torch.nn.Module, mesh: Any) -> torch.nn.Module:
+        order.append(module)
+        return module
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", shard)
+    monkeypatch.setattr(dist, "init_device_mesh", lambda *args: None)
+    ranks = Ranks(SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=2))
+    ranks.wrapped(sd.unet, replace(config(), parallel="fsdp"))
+    assert len(order) > 3 and order[-1] is sd.unet
+    for place, module in enumerate(order):
+        inside = set(module.modules()) - {module}
+        assert not inside & set(order[place:])
+
+
+def test_a_tracker_that_is_not_installed_is_told(config, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match="tracker 'wandb' is not installed; pip install wandb"):
+        with Ranks.joined(config(trackers=("wandb",))):
+            pass
