@@ -17,6 +17,7 @@ from reattend.attn_processors import install
 from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video
 from reattend.pipelines import long_video as package_long_video
+from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.checkpoint import latest, parts_folder
 from reattend.pipelines.film import partial
 from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
@@ -200,6 +201,17 @@ def test_an_unfinished_film_of_another_recipe_or_model_is_not_touched(animatedif
 def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"rank . was given another recipe or other weights than rank"):
         make_on_ranks(monkeypatch, 2, lambda rank: recipe(seed=rank), tmp_path / "cat.mp4")
+
+
+def test_the_digest_does_not_depend_on_the_order_of_a_set():
+    pipe = tiny.fresh(tiny.animatediff())
+    found = set()
+    for notes in (["a", "b", "c"], ["c", "a", "b"]):  # diffusers lists a set, in the order of this process
+        pipe.scheduler.register_to_config(_use_default_values=notes)
+        assert pipe.scheduler.config["_use_default_values"] == notes
+        found.add(request_digest(recipe(), pipe))
+    pipe.scheduler.register_to_config(beta_end=0.5)
+    assert len(found) == 1 and request_digest(recipe(), pipe) not in found
 
 
 def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
