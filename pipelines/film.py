@@ -106,11 +106,20 @@ def film_file(path: Path, width: int, height: int, recipe: Recipe) -> Iterator[F
         yield film
     finally:
         film.close()
-    if not unfinished.exists() or film.frames != video.frames:
-        raise OSError(f"the film {path} has {film.frames} of {video.frames} frames; look for what FFmpeg said")
+    found = _frames_in(unfinished)  # FFmpeg may have failed after it took all of them
+    if found != video.frames:
+        raise OSError(f"the film {path} has {found} of {video.frames} frames; look for what FFmpeg said")
     with written_whole(path.with_name(path.name + ".json")) as (aside,):
         aside.write_text(recipe.to_json() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _frames_in(path: Path) -> int:
+    """Frames of an MP4 that can be played; 0 if none can."""
+    try:
+        return require_ffmpeg().count_frames_and_secs(str(path.absolute()))[0]
+    except RuntimeError:
+        return 0
 
 
 def read_comment(path: Path) -> str:

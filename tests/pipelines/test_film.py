@@ -65,6 +65,26 @@ def test_a_film_that_was_not_finished_keeps_what_it_has(tmp_path):
         write(3)
 
 
+def test_a_film_whose_ffmpeg_died_is_not_whole(tmp_path):
+    path = tmp_path / "cat.mp4"
+
+    def write() -> None:
+        with film_file(path, 32, 24, recipe(100)) as film:
+            for i in range(100):
+                film.write(frame(i % 12))
+            ffmpeg = film._sink.gi_frame.f_locals["p"]
+            for _ in range(200):
+                if partial(path).exists() and partial(path).stat().st_size:
+                    break
+                time.sleep(0.05)
+            ffmpeg.kill()  # the end of the film is still with it
+            ffmpeg.wait()
+
+    with pytest.raises(OSError, match=r"has \d+ of 100 frames; look for what FFmpeg said"):
+        write()
+    assert not path.exists() and partial(path).exists()
+
+
 def test_a_killed_process_leaves_a_playable_prefix(tmp_path):
     code = f"""
 import os, signal, sys, time
