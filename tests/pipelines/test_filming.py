@@ -137,18 +137,29 @@ def test_ranks_make_the_film_of_one(alone, size, tmp_path, monkeypatch):
     assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == out.read_bytes()[-2000:]  # the frames as bytes, so the file
 
 
-@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"])
-def test_chance_and_history_of_schedulers_do_not_depend_on_the_ranks_or_on_a_stop(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("EulerAncestralDiscreteScheduler", 2),
+        ("DPMSolverMultistepScheduler", 2),
+        ("LCMScheduler", 2),
+        ("HeunDiscreteScheduler", 3),  # in the middle of a pair of calls
+    ],
+)
+def test_chance_and_history_of_schedulers_do_not_depend_on_the_ranks_or_on_a_stop(name, stop, tmp_path, monkeypatch):
     def change(pipe):
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
     pipe = tiny.fresh(tiny.animatediff())
     change(pipe)
     wanted = recipe(5, steps=4, video=Video(frames=5))
-    want = make(pipe, wanted, tmp_path / "whole.mp4").latents[4]
-    stopped = make_on_ranks(monkeypatch, 2, wanted, tmp_path / "cat.mp4", change, stop_after=2)
-    assert set(stopped) == {1, 2} and not (tmp_path / "cat.mp4").exists()
-    close(make(pipe, wanted, tmp_path / "cat.mp4").latents[4], want)  # one process goes on
+    want = make(pipe, wanted, tmp_path / "whole.mp4").latents
+    constants = {key: type(value) for key, value in vars(pipe.scheduler).items()}
+    last = max(want)
+    stopped = make_on_ranks(monkeypatch, 2, wanted, tmp_path / "cat.mp4", change, stop_after=stop)
+    assert max(stopped) == stop < last and not (tmp_path / "cat.mp4").exists()
+    close(make(pipe, wanted, tmp_path / "cat.mp4").latents[last], want[last])  # one process goes on
+    assert {key: type(value) for key, value in vars(pipe.scheduler).items()} == constants
 
 
 def test_a_stopped_film_goes_on_to_the_very_same_frames(alone, animatediff, tmp_path):
