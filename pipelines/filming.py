@@ -292,20 +292,23 @@ class _Making:
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def write(self, latents: Tensor, film: Clip) -> None:
-        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go."""
+        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go.
+
+        All ranks go from chunk to chunk together, so none waits longer for another than a chunk takes.
+        """
         comm, video = film.comm, self.recipe.video
         assert video is not None and self.recipe.width is not None and self.recipe.height is not None
         comm.place = "the file"
-        mine: list[Tensor] = []
-        if comm.rank:  # while the first rank decodes its own
-            mine = [self._decoded(latents, low, high) for low, high in _chunks((0, latents.shape[2]))]
-        own = torch.cat(mine) if mine else torch.empty(0)
+        mine = _chunks((0, latents.shape[2]))
         size = (self.recipe.width, self.recipe.height)
+        own = torch.empty(latents.shape[2] if comm.rank else 0, size[1], size[0], 3, dtype=torch.uint8)
         sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
         chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
         with sink as file:
             for number, (rank, low, high) in enumerate(chunks):
                 frames = None
+                if comm.rank and number < len(mine):  # its turn to be sent comes later: the first rank has a chunk, too
+                    own[slice(*mine[number])] = self._decoded(latents, *mine[number])
                 if rank == 0 and comm.rank == 0:
                     frames = self._decoded(latents, low, high)
                 elif rank:
@@ -313,6 +316,7 @@ class _Making:
                 if file is not None and frames is not None:
                     for frame in frames.numpy():
                         file.write(frame)
+                checkpoint.barrier(comm)
                 self._told_clip(number, chunks)
         if comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

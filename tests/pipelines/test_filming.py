@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from dataclasses import replace
 
 import diffusers
@@ -135,6 +136,24 @@ def test_ranks_make_the_film_of_one(alone, size, tmp_path, monkeypatch):
     latents = make_on_ranks(monkeypatch, size, recipe(), tmp_path / "cat.mp4")
     close(latents[3], watch.latents[3])
     assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == out.read_bytes()[-2000:]  # the frames as bytes, so the file
+
+
+def test_no_rank_runs_ahead_while_the_file_is_written(alone, tmp_path, monkeypatch):
+    _, whole = alone
+    at, ahead, plain = [0, 0], [], filming._Making._told_clip
+
+    def told(self, number, chunks):
+        if self.control.rank == 0:
+            time.sleep(0.05)  # the first rank is slow
+        at[self.control.rank] = number
+        ahead.append(abs(at[0] - at[1]))
+        plain(self, number, chunks)
+
+    monkeypatch.setattr(filming._Making, "_told_clip", told)
+    monkeypatch.setattr(filming, "DECODED", 1)
+    make_on_ranks(monkeypatch, 2, recipe(), tmp_path / "cat.mp4")
+    assert len(ahead) == 2 * 7 and max(ahead) <= 1
+    assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == whole.read_bytes()[-2000:]
 
 
 @pytest.mark.parametrize(
