@@ -34,7 +34,7 @@ class Schedule:
     """
 
     def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
-        self.scheduler, self.resumed = pipe.scheduler, resumed
+        self.pipe, self.scheduler, self.resumed = pipe, pipe.scheduler, resumed
         self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
         functools.update_wrapper(self, self.stock)
 
@@ -42,7 +42,7 @@ class Schedule:
         self.stock(*args, **kwargs)
         self.whole = self.scheduler.timesteps
         if self.resumed is not None:
-            checkpoint.restore(self.scheduler, self.resumed.history)
+            checkpoint.restore(self.scheduler, _placed(self.resumed.history, self.pipe._execution_device))
             self.scheduler.timesteps = self.whole[self.resumed.step :]
 
     def latents(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,7 +50,16 @@ class Schedule:
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
-        return self.resumed.latents
+        return self.resumed.latents.to(self.pipe._execution_device)
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A scheduler's history with its tensors on a device."""
+    if isinstance(value, dict):
+        return {name: _placed(item, device) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) and value.ndim else value
 
 
 def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:

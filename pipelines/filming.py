@@ -15,7 +15,7 @@ import functools
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -304,7 +304,7 @@ class _Making:
         own = torch.empty(latents.shape[2] if comm.rank else 0, size[1], size[0], 3, dtype=torch.uint8)
         sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
         chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
-        with sink as file:
+        with _upcast_vae(self.pipe) as self.dtype, sink as file:
             for number, (rank, low, high) in enumerate(chunks):
                 frames = None
                 if comm.rank and number < len(mine):  # its turn to be sent comes later: the first rank has a chunk, too
@@ -345,7 +345,8 @@ class _Making:
     def _decoded(self, latents: Tensor, low: int, high: int) -> Tensor:
         """Frames of this rank as bytes, (frames, H, W, 3)."""
         vae = self.pipe.vae
-        part = latents[0, :, low:high].transpose(0, 1).to(vae.device, vae.dtype)
+        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # if it is offloaded
+        part = latents[0, :, low:high].transpose(0, 1).to(device, self.dtype)
         pictures = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
         if not bool(pictures.isfinite().all()):
             raise RuntimeError(
@@ -353,6 +354,20 @@ class _Making:
                 "or bfloat16"
             )
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+@contextlib.contextmanager
+def _upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
+    """The numbers the VAE computes in: where the stock pipeline upcasts it, as that of SDXL, float16 overflows."""
+    vae = pipe.vae
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
+        yield vae.dtype
+        return
+    try:
+        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
+        yield torch.float32
+    finally:
+        vae.to(dtype=torch.float16)
 
 
 def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -19,7 +20,8 @@ from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video
 from reattend.pipelines import long_video as package_long_video
 from reattend.pipelines.agreement import request_digest
-from reattend.pipelines.checkpoint import latest, parts_folder
+from reattend.pipelines.borrowing import Schedule
+from reattend.pipelines.checkpoint import Moment, latest, parts_folder
 from reattend.pipelines.film import partial
 from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
 
@@ -112,6 +114,41 @@ def test_it_makes_films_with_sdxl_too(tmp_path):
     close(watch.latents[2], want)
     with pytest.raises(ValueError, match="takes one pooled text for the whole film"):
         long_video(recipe(), tmp_path / "other.mp4", pipe=pipe)
+
+
+def test_the_vae_of_sdxl_is_upcast_for_a_film_in_float16(tmp_path, monkeypatch):
+    pipe = tiny.fresh(tiny.animatediff_sdxl()).to(dtype=torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    seen, plain = [], pipe.vae.decode
+
+    def decode(z, **more):
+        seen.append({z.dtype, *(parameter.dtype for parameter in pipe.vae.parameters())})
+        return plain(z, **more)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    make(pipe, recipe(steps=1, video=Video(frames=3)), tmp_path / "cat.mp4")
+    assert seen == [{torch.float32}]
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+
+
+def test_an_offloaded_vae_and_a_resumed_film_are_computed_where_the_hooks_say():
+    class Vae:
+        device, dtype, config = torch.device("meta"), torch.float32, SimpleNamespace(scaling_factor=1.0)
+        _hf_hook = SimpleNamespace(execution_device=torch.device("cpu"))
+
+        def decode(self, z, return_dict):
+            assert z.device.type == "cpu"
+            return (torch.zeros(len(z), 3, 4, 4),)
+
+    making = SimpleNamespace(pipe=SimpleNamespace(vae=Vae()), dtype=torch.float32)
+    assert filming._Making._decoded(making, torch.zeros(1, 4, 3, 2, 2), 0, 2).shape == (2, 4, 4, 3)
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    away = SimpleNamespace(scheduler=scheduler, prepare_latents=None, _execution_device=torch.device("meta"))
+    history = {"model_outputs": [None, torch.ones(3, 4, 2, 2)], "lower_order_nums": 1}
+    schedule = Schedule(away, Moment(1, torch.zeros(1, 4, 3, 2, 2), history))
+    schedule(4)
+    assert schedule.latents().device.type == scheduler.model_outputs[1].device.type == "meta"
+    assert scheduler.lower_order_nums == 1 and len(scheduler.timesteps) == 4
 
 
 def test_the_file_plays_and_tells_how_it_was_made(alone):
