@@ -104,6 +104,8 @@ def long_video(
         raise ValueError("the recipe has no video; give it one: Recipe(prompt=..., video=Video(frames=64))")
     if recipe.upscale is not None:
         raise ValueError("the recipe enlarges a picture, which films cannot; set its upscale to None")
+    if recipe.linear is not None:
+        raise ValueError("the recipe asks for a linear student, which films cannot use; set its linear to None")
     if comm.size > 1 and recipe.seed is None:
         raise ValueError("a film on several ranks needs a seed that all of them know; set recipe.seed")
     if comm.size > recipe.video.frames:

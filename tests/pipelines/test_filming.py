@@ -347,6 +347,8 @@ def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
         long_video(recipe(), out, pipe=sd)
     with pytest.raises(ValueError, match="the recipe has no video"):
         long_video(recipe(video=None), out, pipe=animatediff)
+    with pytest.raises(ValueError, match="asks for a linear student, which films cannot use"):
+        long_video(recipe(linear="student", attention=()), out, pipe=animatediff)
     with pytest.raises(ValueError, match="ends in .mp4"):
         long_video(recipe(), tmp_path / "cat.png", pipe=animatediff)
     with pytest.raises(ValueError, match=r"the prompt from frame 3 is too long: got 100 tokens"):
