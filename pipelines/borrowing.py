@@ -1,8 +1,10 @@
-"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, where latents lie."""
+"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, where latents lie, the VAE."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..attn_processors.families import replaced
 from . import checkpoint
 from .prompts import FramePrompts
 
-__all__ = ["Schedule", "TextOfFrames", "kept_on_host"]
+__all__ = ["Schedule", "TextOfFrames", "kept_on_host", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -71,3 +73,17 @@ def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
     if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
         return []
     return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
+
+
+@contextlib.contextmanager
+def upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
+    """The numbers the VAE computes in: where the stock pipeline upcasts it, as that of SDXL, float16 overflows."""
+    vae = pipe.vae
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
+        yield vae.dtype
+        return
+    try:
+        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
+        yield torch.float32
+    finally:
+        vae.to(dtype=torch.float16)

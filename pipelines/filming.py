@@ -15,7 +15,7 @@ import functools
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..attn_processors.installer import patched, supported
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, kept_on_host
+from .borrowing import Schedule, TextOfFrames, kept_on_host, upcast_vae
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -306,7 +306,7 @@ class _Making:
         own = torch.empty(latents.shape[2] if comm.rank else 0, size[1], size[0], 3, dtype=torch.uint8)
         sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
         chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
-        with _upcast_vae(self.pipe) as self.dtype, sink as file:
+        with upcast_vae(self.pipe) as self.dtype, sink as file:
             for number, (rank, low, high) in enumerate(chunks):
                 frames = None
                 if comm.rank and number < len(mine):  # its turn to be sent comes later: the first rank has a chunk, too
@@ -356,20 +356,6 @@ class _Making:
                 "or bfloat16"
             )
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-@contextlib.contextmanager
-def _upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
-    """The numbers the VAE computes in: where the stock pipeline upcasts it, as that of SDXL, float16 overflows."""
-    vae = pipe.vae
-    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
-        yield vae.dtype
-        return
-    try:
-        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
-        yield torch.float32
-    finally:
-        vae.to(dtype=torch.float16)
 
 
 def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
