@@ -22,7 +22,10 @@ __all__ = ["check_alike", "named", "request_digest"]
 def request_digest(recipe: Recipe, pipe: Any) -> str:
     """Of the request and the weights, the same on every device."""
     total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
-    total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {dict(pipe.scheduler.config)}".encode())
+    settings = {
+        k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")
+    }  # notes are in no order
+    total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {settings}".encode())
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for part, model in sorted(pipe.components.items()):
         if isinstance(model, nn.Module):

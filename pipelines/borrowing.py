@@ -1,8 +1,10 @@
-"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, where latents lie."""
+"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, where latents lie, the VAE."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..attn_processors.families import replaced
 from . import checkpoint
 from .prompts import FramePrompts
 
-__all__ = ["Schedule", "TextOfFrames", "kept_on_host"]
+__all__ = ["Schedule", "TextOfFrames", "kept_on_host", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -34,7 +36,7 @@ class Schedule:
     """
 
     def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
-        self.scheduler, self.resumed = pipe.scheduler, resumed
+        self.pipe, self.scheduler, self.resumed = pipe, pipe.scheduler, resumed
         self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
         functools.update_wrapper(self, self.stock)
 
@@ -42,7 +44,7 @@ class Schedule:
         self.stock(*args, **kwargs)
         self.whole = self.scheduler.timesteps
         if self.resumed is not None:
-            checkpoint.restore(self.scheduler, self.resumed.history)
+            checkpoint.restore(self.scheduler, _placed(self.resumed.history, self.pipe._execution_device))
             self.scheduler.timesteps = self.whole[self.resumed.step :]
 
     def latents(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,7 +52,16 @@ class Schedule:
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
-        return self.resumed.latents
+        return self.resumed.latents.to(self.pipe._execution_device)
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A scheduler's history with its tensors on a device."""
+    if isinstance(value, dict):
+        return {name: _placed(item, device) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) and value.ndim else value
 
 
 def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
@@ -62,3 +73,17 @@ def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
     if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
         return []
     return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
+
+
+@contextlib.contextmanager
+def upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
+    """The numbers the VAE computes in: where the stock pipeline upcasts it, as that of SDXL, float16 overflows."""
+    vae = pipe.vae
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
+        yield vae.dtype
+        return
+    try:
+        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
+        yield torch.float32
+    finally:
+        vae.to(dtype=torch.float16)

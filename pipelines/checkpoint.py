@@ -155,7 +155,7 @@ def scheduler_state(scheduler: Any, frames: int) -> dict[str, Any]:
     """
     found = {}
     for name, value in vars(scheduler).items():
-        if name == "_internal_dict" or callable(value) or _is_table(value):
+        if name == "_internal_dict" or callable(value) or (_is_table(value) and not _is_scalar(value)):
             continue
         if not _is_state(value, frames):
             raise ValueError(
@@ -167,9 +167,10 @@ def scheduler_state(scheduler: Any, frames: int) -> dict[str, Any]:
 
 
 def restore(scheduler: Any, history: dict[str, Any]) -> None:
-    """Give a scheduler its memory back, after `set_timesteps`."""
+    """Give a scheduler its memory back, after `set_timesteps`; tensors that this made or left are constants and stay."""
     for name, value in history.items():
-        setattr(scheduler, name, list(value) if isinstance(value, list) else value)
+        if isinstance(value, (Tensor, list)) or not isinstance(getattr(scheduler, name, None), Tensor):
+            setattr(scheduler, name, list(value) if isinstance(value, list) else value)
 
 
 def barrier(comm: Comm) -> None:
@@ -181,9 +182,13 @@ def _is_table(value: Any) -> bool:
     return hasattr(value, "ndim") and value.ndim <= 1
 
 
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
 def _is_state(value: Any, frames: int) -> bool:
     if isinstance(value, Tensor):
-        return value.ndim == 4 and value.shape[0] == frames
+        return _is_scalar(value) or (value.ndim == 4 and value.shape[0] == frames)
     if isinstance(value, (list, tuple)):
         return all(_is_state(item, frames) or (_is_table(item) and item.ndim == 0) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))

@@ -28,20 +28,25 @@ SECONDS = 20  # to read a comment
 
 
 def require_ffmpeg() -> Any:
-    """The module imageio_ffmpeg. Raises ValueError if it is not there."""
+    """The module imageio_ffmpeg. Raises ValueError if it or its FFmpeg is not there."""
     try:
         import imageio_ffmpeg
-    except ImportError:
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
         raise ValueError(
-            "films are written with imageio-ffmpeg, which is not installed; run: pip install 'reattend[video]'"
+            "films are written with imageio-ffmpeg and its FFmpeg, which is not installed; run: pip install "
+            "'reattend[video]'"
         ) from None
     return imageio_ffmpeg
 
 
 def check_film_path(path: Path) -> None:
-    """Raise ValueError if `path` names no MP4."""
+    """Raise ValueError if `path` names no MP4, or a folder."""
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"a film is written as MP4: got {str(path)!r}; give a name that ends in .mp4")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
 
 
 def partial(path: Path) -> Path:
@@ -56,7 +61,7 @@ class FilmFile:
         self.frames = 0
         self._shape = (height, width, 3)
         self._sink = require_ffmpeg().write_frames(
-            str(path),
+            str(path.absolute()),  # a name may look like an option or a protocol
             (width, height),
             fps=fps,
             codec="libx264",
@@ -106,11 +111,20 @@ def film_file(path: Path, width: int, height: int, recipe: Recipe) -> Iterator[F
         yield film
     finally:
         film.close()
-    if not unfinished.exists() or film.frames != video.frames:
-        raise OSError(f"the film {path} has {film.frames} of {video.frames} frames; look for what FFmpeg said")
+    found = _frames_in(unfinished)  # FFmpeg may have failed after it took all of them
+    if found != video.frames:
+        raise OSError(f"the film {path} has {found} of {video.frames} frames; look for what FFmpeg said")
     with written_whole(path.with_name(path.name + ".json")) as (aside,):
         aside.write_text(recipe.to_json() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _frames_in(path: Path) -> int:
+    """Frames of an MP4 that can be played; 0 if none can."""
+    try:
+        return require_ffmpeg().count_frames_and_secs(str(path.absolute()))[0]
+    except RuntimeError:
+        return 0
 
 
 def read_comment(path: Path) -> str:

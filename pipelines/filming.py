@@ -28,7 +28,7 @@ from ..attn_processors.installer import patched, supported
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, kept_on_host
+from .borrowing import Schedule, TextOfFrames, kept_on_host, upcast_vae
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -104,6 +104,8 @@ def long_video(
         raise ValueError("the recipe has no video; give it one: Recipe(prompt=..., video=Video(frames=64))")
     if recipe.upscale is not None:
         raise ValueError("the recipe enlarges a picture, which films cannot; set its upscale to None")
+    if recipe.linear is not None:
+        raise ValueError("the recipe asks for a linear student, which films cannot use; set its linear to None")
     if comm.size > 1 and recipe.seed is None:
         raise ValueError("a film on several ranks needs a seed that all of them know; set recipe.seed")
     if comm.size > recipe.video.frames:
@@ -292,20 +294,23 @@ class _Making:
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def write(self, latents: Tensor, film: Clip) -> None:
-        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go."""
+        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go.
+
+        All ranks go from chunk to chunk together, so none waits longer for another than a chunk takes.
+        """
         comm, video = film.comm, self.recipe.video
         assert video is not None and self.recipe.width is not None and self.recipe.height is not None
         comm.place = "the file"
-        mine: list[Tensor] = []
-        if comm.rank:  # while the first rank decodes its own
-            mine = [self._decoded(latents, low, high) for low, high in _chunks((0, latents.shape[2]))]
-        own = torch.cat(mine) if mine else torch.empty(0)
+        mine = _chunks((0, latents.shape[2]))
         size = (self.recipe.width, self.recipe.height)
+        own = torch.empty(latents.shape[2] if comm.rank else 0, size[1], size[0], 3, dtype=torch.uint8)
         sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
         chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
-        with sink as file:
+        with upcast_vae(self.pipe) as self.dtype, sink as file:
             for number, (rank, low, high) in enumerate(chunks):
                 frames = None
+                if comm.rank and number < len(mine):  # its turn to be sent comes later: the first rank has a chunk, too
+                    own[slice(*mine[number])] = self._decoded(latents, *mine[number])
                 if rank == 0 and comm.rank == 0:
                     frames = self._decoded(latents, low, high)
                 elif rank:
@@ -313,6 +318,7 @@ class _Making:
                 if file is not None and frames is not None:
                     for frame in frames.numpy():
                         file.write(frame)
+                checkpoint.barrier(comm)
                 self._told_clip(number, chunks)
         if comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -341,7 +347,8 @@ class _Making:
     def _decoded(self, latents: Tensor, low: int, high: int) -> Tensor:
         """Frames of this rank as bytes, (frames, H, W, 3)."""
         vae = self.pipe.vae
-        part = latents[0, :, low:high].transpose(0, 1).to(vae.device, vae.dtype)
+        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # if it is offloaded
+        part = latents[0, :, low:high].transpose(0, 1).to(device, self.dtype)
         pictures = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
         if not bool(pictures.isfinite().all()):
             raise RuntimeError(

@@ -152,15 +152,17 @@ class _ClipWise:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         work, rows, device = self.work, self.work.rows, self.work.device
         home = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), device)
+        if not any(_per_picture(x, rows) for x in (*args, *kwargs.values())):  # a time, the same for all
+            here = [_part(x, 0, rows, rows, device) for x in args]
+            there = {name: _part(x, 0, rows, rows, device) for name, x in kwargs.items()}
+            pieces, form = _flat(run_part(self.stock, here, there))
+            return _like(form, [piece.to(home) for piece in pieces])
         whole: list[Tensor] = []
-        form: Any = None
         for first, end in work.clips(rows):
             here = [_part(x, first, end, rows, device) for x in args]
             there = {name: _part(x, first, end, rows, device) for name, x in kwargs.items()}
             out = run_part(self.stock, here, there)
             pieces, form = _flat(out)
-            if pieces[0].shape[0] != end - first:  # no picture: a time, the same for all
-                return _like(form, [piece.to(home) for piece in pieces])
             if not whole:
                 if end == rows and device == home:
                     return out
@@ -222,12 +224,19 @@ def run_part(forward: Callable[..., Any], args: list[Any], kwargs: dict[str, Any
     return forward(*args, **kwargs)
 
 
+def _per_picture(value: Any, rows: int) -> bool:
+    """Has this argument a row per picture?"""
+    if isinstance(value, (list, tuple)):
+        return any(_per_picture(item, rows) for item in value)
+    return isinstance(value, PerFrame) or (isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows)
+
+
 def _part(value: Any, first: int, end: int, rows: int, device: torch.device) -> Any:
     """The rows of a clip of an argument; what has no row per picture is passed as it is."""
     if isinstance(value, PerFrame):
         return value.take(first, end).to(device)
     if isinstance(value, Tensor):
-        return (value[first:end] if value.ndim and value.shape[0] == rows else value).to(device)
+        return (value[first:end] if _per_picture(value, rows) else value).to(device)
     if isinstance(value, (list, tuple)):
         return type(value)(_part(item, first, end, rows, device) for item in value)
     return value

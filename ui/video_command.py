@@ -6,7 +6,7 @@ import json as json_text
 import secrets
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +71,7 @@ class Video(Image):
     out: Path = OUT
     """Folder, or name of an MP4 file."""
     resume: Annotated[Path | None, FILE, default("none")] = None
-    """Name of a film that was not finished: go on with it. All other options are those it was begun with."""
+    """Name of a film that was not finished: go on with it, by the options it was begun with."""
     timeout: Annotated[float, NUMBER, default(f"{TIMEOUT.total_seconds():g}")] = TIMEOUT.total_seconds()
     """Seconds after which a process that does not answer counts as lost; under torchrun."""
 
@@ -134,9 +134,9 @@ class Video(Image):
         from ..pipelines.checkpoint import latest, parts_folder
 
         assert self.resume is not None
-        given = [
-            name for name in ("prompt", "recipe", "model", "frames", "seed", "steps") if getattr(self, name) is not None
-        ]
+        free = ("resume", "clip", "device", "timeout", "json")  # change nothing in the film
+        options = [option for option in fields(self) if option.name not in free]
+        given = [option.name for option in options if getattr(self, option.name) != option.default]
         if given:
             raise ValueError(f"--resume goes on with a film as it was begun; leave out {', '.join(given)}")
         found = latest(parts_folder(self.resume))

@@ -72,7 +72,7 @@ def frames_of(path: Path, most: int | None = None) -> Iterator[np.ndarray]:
     """The frames of a film one after another, at most so many. Raises ValueError if it does not play."""
     from ..pipelines.film import require_ffmpeg
 
-    reader = require_ffmpeg().read_frames(str(path))
+    reader = require_ffmpeg().read_frames(str(path.absolute()))
     try:
         width, height = next(reader)["size"]
     except (OSError, StopIteration) as error:

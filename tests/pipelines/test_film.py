@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from reattend.pipelines.film import film_file, partial
+from reattend.emoji_world.identity import frames_of
+from reattend.pipelines.film import film_file, partial, require_ffmpeg
 from reattend.pipelines.recipe import Recipe
 from reattend.pipelines.videos import Video
 
@@ -65,6 +67,46 @@ def test_a_film_that_was_not_finished_keeps_what_it_has(tmp_path):
         write(3)
 
 
+@pytest.mark.parametrize("name", ["-cat.mp4", "cat: the film.mp4"])
+def test_odd_names_are_no_options_or_protocols(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    with film_file(path, 32, 24, recipe(3)) as film:
+        for i in range(3):
+            film.write(frame(i))
+    assert len(decoded(path.absolute())) == 3 and Recipe.read(path) == recipe(3)
+    assert len(list(frames_of(path))) == 3
+
+
+def test_without_ffmpeg_it_says_what_to_install(monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    with pytest.raises(ValueError, match="is not installed; run: pip install"):
+        require_ffmpeg()
+
+
+def test_a_film_whose_ffmpeg_died_is_not_whole(tmp_path):
+    path = tmp_path / "cat.mp4"
+
+    def write() -> None:
+        with film_file(path, 32, 24, recipe(100)) as film:
+            for i in range(100):
+                film.write(frame(i % 12))
+            ffmpeg = film._sink.gi_frame.f_locals["p"]
+            for _ in range(200):
+                if partial(path).exists() and partial(path).stat().st_size:
+                    break
+                time.sleep(0.05)
+            ffmpeg.kill()  # the end of the film is still with it
+            ffmpeg.wait()
+
+    with pytest.raises(OSError, match=r"has \d+ of 100 frames; look for what FFmpeg said"):
+        write()
+    assert not path.exists() and partial(path).exists()
+
+
 def test_a_killed_process_leaves_a_playable_prefix(tmp_path):
     code = f"""
 import os, signal, sys, time
@@ -94,6 +136,9 @@ def test_bad_names_frames_and_files_get_one_sentence(tmp_path):
         pass
     with pytest.raises(ValueError, match="uint8 of shape"), film_file(tmp_path / "cat.mp4", 32, 24, recipe(3)) as film:
         film.write(frame(0)[:3])
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match="it is a folder"), film_file(tmp_path / "folder.mp4", 32, 24, recipe(3)):
+        pass
     (tmp_path / "file").write_text("x")
     problem = pytest.raises(ValueError, match="choose another output path")
     with problem, film_file(tmp_path / "file" / "cat.mp4", 32, 24, recipe(3)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,7 +19,9 @@ from reattend.attn_processors import install
 from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video
 from reattend.pipelines import long_video as package_long_video
-from reattend.pipelines.checkpoint import latest, parts_folder
+from reattend.pipelines.agreement import request_digest
+from reattend.pipelines.borrowing import Schedule
+from reattend.pipelines.checkpoint import Moment, latest, parts_folder
 from reattend.pipelines.film import partial
 from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
 
@@ -112,6 +116,41 @@ def test_it_makes_films_with_sdxl_too(tmp_path):
         long_video(recipe(), tmp_path / "other.mp4", pipe=pipe)
 
 
+def test_the_vae_of_sdxl_is_upcast_for_a_film_in_float16(tmp_path, monkeypatch):
+    pipe = tiny.fresh(tiny.animatediff_sdxl()).to(dtype=torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    seen, plain = [], pipe.vae.decode
+
+    def decode(z, **more):
+        seen.append({z.dtype, *(parameter.dtype for parameter in pipe.vae.parameters())})
+        return plain(z, **more)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    make(pipe, recipe(steps=1, video=Video(frames=3)), tmp_path / "cat.mp4")
+    assert seen == [{torch.float32}]
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+
+
+def test_an_offloaded_vae_and_a_resumed_film_are_computed_where_the_hooks_say():
+    class Vae:
+        device, dtype, config = torch.device("meta"), torch.float32, SimpleNamespace(scaling_factor=1.0)
+        _hf_hook = SimpleNamespace(execution_device=torch.device("cpu"))
+
+        def decode(self, z, return_dict):
+            assert z.device.type == "cpu"
+            return (torch.zeros(len(z), 3, 4, 4),)
+
+    making = SimpleNamespace(pipe=SimpleNamespace(vae=Vae()), dtype=torch.float32)
+    assert filming._Making._decoded(making, torch.zeros(1, 4, 3, 2, 2), 0, 2).shape == (2, 4, 4, 3)
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    away = SimpleNamespace(scheduler=scheduler, prepare_latents=None, _execution_device=torch.device("meta"))
+    history = {"model_outputs": [None, torch.ones(3, 4, 2, 2)], "lower_order_nums": 1}
+    schedule = Schedule(away, Moment(1, torch.zeros(1, 4, 3, 2, 2), history))
+    schedule(4)
+    assert schedule.latents().device.type == scheduler.model_outputs[1].device.type == "meta"
+    assert scheduler.lower_order_nums == 1 and len(scheduler.timesteps) == 4
+
+
 def test_the_file_plays_and_tells_how_it_was_made(alone):
     watch, out = alone
     import imageio_ffmpeg
@@ -136,18 +175,47 @@ def test_ranks_make_the_film_of_one(alone, size, tmp_path, monkeypatch):
     assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == out.read_bytes()[-2000:]  # the frames as bytes, so the file
 
 
-@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"])
-def test_chance_and_history_of_schedulers_do_not_depend_on_the_ranks_or_on_a_stop(name, tmp_path, monkeypatch):
+def test_no_rank_runs_ahead_while_the_file_is_written(alone, tmp_path, monkeypatch):
+    _, whole = alone
+    at, ahead, plain = [0, 0], [], filming._Making._told_clip
+
+    def told(self, number, chunks):
+        if self.control.rank == 0:
+            time.sleep(0.05)  # the first rank is slow
+        at[self.control.rank] = number
+        ahead.append(abs(at[0] - at[1]))
+        plain(self, number, chunks)
+
+    monkeypatch.setattr(filming._Making, "_told_clip", told)
+    monkeypatch.setattr(filming, "DECODED", 1)
+    make_on_ranks(monkeypatch, 2, recipe(), tmp_path / "cat.mp4")
+    assert len(ahead) == 2 * 7 and max(ahead) <= 1
+    assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == whole.read_bytes()[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("EulerAncestralDiscreteScheduler", 2),
+        ("DPMSolverMultistepScheduler", 2),
+        ("LCMScheduler", 2),
+        ("HeunDiscreteScheduler", 3),  # in the middle of a pair of calls
+    ],
+)
+def test_chance_and_history_of_schedulers_do_not_depend_on_the_ranks_or_on_a_stop(name, stop, tmp_path, monkeypatch):
     def change(pipe):
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
     pipe = tiny.fresh(tiny.animatediff())
     change(pipe)
     wanted = recipe(5, steps=4, video=Video(frames=5))
-    want = make(pipe, wanted, tmp_path / "whole.mp4").latents[4]
-    stopped = make_on_ranks(monkeypatch, 2, wanted, tmp_path / "cat.mp4", change, stop_after=2)
-    assert set(stopped) == {1, 2} and not (tmp_path / "cat.mp4").exists()
-    close(make(pipe, wanted, tmp_path / "cat.mp4").latents[4], want)  # one process goes on
+    want = make(pipe, wanted, tmp_path / "whole.mp4").latents
+    constants = {key: type(value) for key, value in vars(pipe.scheduler).items()}
+    last = max(want)
+    stopped = make_on_ranks(monkeypatch, 2, wanted, tmp_path / "cat.mp4", change, stop_after=stop)
+    assert max(stopped) == stop < last and not (tmp_path / "cat.mp4").exists()
+    close(make(pipe, wanted, tmp_path / "cat.mp4").latents[last], want[last])  # one process goes on
+    assert {key: type(value) for key, value in vars(pipe.scheduler).items()} == constants
 
 
 def test_a_stopped_film_goes_on_to_the_very_same_frames(alone, animatediff, tmp_path):
@@ -200,6 +268,17 @@ def test_an_unfinished_film_of_another_recipe_or_model_is_not_touched(animatedif
 def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"rank . was given another recipe or other weights than rank"):
         make_on_ranks(monkeypatch, 2, lambda rank: recipe(seed=rank), tmp_path / "cat.mp4")
+
+
+def test_the_digest_does_not_depend_on_the_order_of_a_set():
+    pipe = tiny.fresh(tiny.animatediff())
+    found = set()
+    for notes in (["a", "b", "c"], ["c", "a", "b"]):  # diffusers lists a set, in the order of this process
+        pipe.scheduler.register_to_config(_use_default_values=notes)
+        assert pipe.scheduler.config["_use_default_values"] == notes
+        found.add(request_digest(recipe(), pipe))
+    pipe.scheduler.register_to_config(beta_end=0.5)
+    assert len(found) == 1 and request_digest(recipe(), pipe) not in found
 
 
 def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
@@ -268,6 +347,8 @@ def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
         long_video(recipe(), out, pipe=sd)
     with pytest.raises(ValueError, match="the recipe has no video"):
         long_video(recipe(video=None), out, pipe=animatediff)
+    with pytest.raises(ValueError, match="asks for a linear student, which films cannot use"):
+        long_video(recipe(linear="student", attention=()), out, pipe=animatediff)
     with pytest.raises(ValueError, match="ends in .mp4"):
         long_video(recipe(), tmp_path / "cat.png", pipe=animatediff)
     with pytest.raises(ValueError, match=r"the prompt from frame 3 is too long: got 100 tokens"):

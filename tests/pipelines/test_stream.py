@@ -75,10 +75,12 @@ def judged():
     return judge
 
 
-@pytest.mark.parametrize("clip", [1, 3, 64])
-def test_one_process_in_clips_makes_the_film_of_the_judge(judged, clip, monkeypatch):
-    out, sent, foretold = on_ranks(monkeypatch, [(0, 11)], *inputs(11), SETTINGS, clip=clip)
-    close(out, judged(11, SETTINGS))
+@pytest.mark.parametrize(
+    ("clip", "batch"), [(1, 2), (3, 2), (64, 2), (2, 2), (1, 1)]
+)  # the last two: the time has as many rows as a clip
+def test_one_process_in_clips_makes_the_film_of_the_judge(judged, clip, batch, monkeypatch):
+    out, sent, foretold = on_ranks(monkeypatch, [(0, 11)], *inputs(11, batch=batch), SETTINGS, clip=clip)
+    close(out, judged(11, SETTINGS, batch=batch))
     assert sent == foretold == [0]
 
 

@@ -120,6 +120,23 @@ def test_two_processes_make_the_film_of_one(alone, folder, tmp_path):
         (["a cat", "--attention", "agent", "ratio=2"], "ratio must be in [0, 1)"),
         (["--resume", "cat.mp4"], "there is no unfinished film cat.mp4"),
         (["a cat", "--resume", "cat.mp4"], "leave out prompt"),
+        *[
+            (["--resume", "cat.mp4", f"--{name}", *values], f"leave out {name}")
+            for name, *values in (
+                ("negative", "a dog"),
+                ("width", "32"),
+                ("height", "32"),
+                ("guidance", "3"),
+                ("attention", "dual-scope"),
+                ("then", "3", "a car"),
+                ("blend", "0"),
+                ("fps", "8"),
+                ("linear", "student"),
+                ("dtype", "float32"),
+                ("out", "dog.mp4"),
+                ("seed", "0"),
+            )
+        ],
         ([], "no prompt was given"),
     ],
     ids=str,
@@ -163,7 +180,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(video_command, "Bar", Interrupting)
         assert main(argv) == 130
-    assert "go on" not in capsys.readouterr().out and latest(parts_folder(out)).step == 1
+    assert f"--resume {out}" in capsys.readouterr().err and latest(parts_folder(out)).step == 1
     assert main(["video", "--resume", str(out)]) == 0
     assert np.array_equal(frames_of(out), frames_of(alone)) and not parts_folder(out).exists()
 
