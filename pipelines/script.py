@@ -159,9 +159,11 @@ class Script:
         return range(first, min(first + self.together, len(self.panels)))
 
     def with_panel(self, number: int, **changes: Any) -> Script:
-        """The story with one panel changed, counted from 0."""
+        """The story with one panel changed, counted from 0. A new prompt says anew who is in it, if no place is given."""
         panels = list(self.panels)
-        forget = {"found": None} if {"prompt", "seed"} & set(changes) else {}
+        forget: dict[str, Any] = {"found": None} if {"prompt", "seed"} & set(changes) else {}
+        if "prompt" in changes and all(where is None for where in (panels[number].places or {}).values()):
+            forget["places"] = None
         panels[number] = replace(panels[number], **forget | changes)
         return replace(self, panels=tuple(panels))
 

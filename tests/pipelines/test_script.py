@@ -49,6 +49,14 @@ def test_a_new_seed_or_prompt_forgets_where_subjects_were_found():
     assert script.with_panel(0, prompt="a cat").panels[0].found is None
 
 
+def test_a_new_prompt_forgets_who_was_in_the_old_one_unless_a_place_is_given():
+    script = Script.from_json(json.dumps(SHORT)).with_panel(0, places={"Tom": None})
+    assert script.with_panel(0, prompt="sand").panels[0].places is None
+    assert script.with_panel(0, seed=3).panels[0].places == {"Tom": None}
+    placed = {"Tom": [0, 0, 1, 1]}
+    assert script.with_panel(0, places=placed).with_panel(0, prompt="a cat").panels[0].places == placed
+
+
 def test_mask_and_picture_files_are_found_beside_the_story(tmp_path):
     mask = np.zeros((600, 300), np.uint8)
     mask[:300] = 255
