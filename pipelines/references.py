@@ -18,6 +18,7 @@ from ..attn_processors.isolation_reposition import IsolationRepositionAttnProces
 from ..attn_processors.method import LayerInfo
 from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, unpack_mask
 from ..attn_processors.subjects import Bank, Place
+from .files import PICTURES
 
 __all__ = ["BankPlan", "Pinned", "opened", "plan_bank"]
 
@@ -150,11 +151,13 @@ def encode(pipe: Any, picture: Image.Image, size: tuple[int, int]) -> Tensor:
 def opened(path: str) -> Image.Image:
     """A reference picture from a file. Raises ValueError in one sentence."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=PICTURES) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no picture that can be read"
-        raise ValueError(f"cannot read the reference picture {path}: {reason}; give a PNG or JPEG file.") from None
+        raise ValueError(
+            f"cannot read the reference picture {path}: {reason}; give a PNG, JPEG or WebP file."
+        ) from None
 
 
 def _packed(pipe: Any, clean: Tensor, latents: Tensor) -> Tensor:

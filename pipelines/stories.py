@@ -79,11 +79,12 @@ def story(
     job = _Job(script, pipe, find, on_step, cancel)
     made = Story(script=script)
     groups = list(dict.fromkeys(script.group(number) for number in wanted))
+    job.check(groups)
     job.calls = len(groups) * ((1 if script.bank is None else 2) + (find is not None))
     for group in groups:
         cancel.check()
         job.make(group, made)
-    made.script = job.script
+    made.script, made.pictures = job.script, job.pictures
     made.panels = {number: picture for number, picture in made.panels.items() if number in wanted}
     made.places = {number: places for number, places in made.places.items() if number in wanted}
     made.report = list(dict.fromkeys(made.report))
@@ -104,8 +105,23 @@ class _Job:
         self.script, self.pipe, self.find, self.on_step, self.cancel = script, pipe, find, on_step, cancel
         self.began = time.monotonic()
         self.calls, self.call = 1, 0
+        self.pictures: dict[str, Image.Image] = {}  # of one's own, by subject
         unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
         self.settings = {**USUAL, **unet, **script.consistency, "strength": script.strength}
+
+    def check(self, groups: Sequence[range]) -> None:
+        """Read every place and picture, and find the words of the panels to make, before any work. Raises as `story`."""
+        for subject in self.script.subjects:
+            self._reference(subject)
+            if subject.picture is not None:
+                self.pictures[subject.name] = opened(subject.picture)
+        for panel in self.script.panels:
+            for name, where in [*(panel.places or {}).items(), *(panel.found or {}).items()]:
+                if where is not None:
+                    as_place(name, where)
+        if self.find is None:
+            for number in (number for group in groups for number in group):
+                self._panel(number, Story(script=self.script))
 
     def make(self, group: range, made: Story) -> None:
         """The panels of one call, into `made`."""
@@ -297,7 +313,7 @@ class _Job:
     def _run(self, prompts: list[str], seeds: list[Any], rows: Sequence[Subject]) -> list[Image.Image]:
         script = self.script
         recipe = script.recipe(prompts[0])
-        pictures = {row: opened(one.picture) for row, one in enumerate(rows) if one.picture is not None}
+        pictures = {row: self.pictures[one.name] for row, one in enumerate(rows) if one.picture is not None}
         assert script.width is not None and script.height is not None
         pinned = None
         if pictures:

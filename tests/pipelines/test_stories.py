@@ -14,7 +14,7 @@ from PIL import Image
 from reattend.pipelines import Cancelled, CancelToken, Panel, Script, Subject, story
 from reattend.pipelines.masks import mask_picture, overlay, read_mask, text_tokens, words_of
 from reattend.pipelines.references import encode, plan_bank
-from reattend.pipelines.told import strip
+from reattend.pipelines.told import Story, strip
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
 WHOLE = [0, 0, 1, 1]
@@ -210,6 +210,24 @@ def test_words_that_are_missing_or_alike_are_told(sd):
         story(both, pipe=sd)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", places={"Tom": [0, 0, 1]}))}, "place of 'Tom' must be a box"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", places={"Tom": [0, 0, 10**400, 1]}))}, "is in pixels"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", found={"Tom": "left"}))}, "place of 'Tom' must be a box"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a bird", places={"Tom": None}))}, "'cat' is not in the prompt"),
+        ({"subjects": (TWO.subjects[0], replace(TWO.subjects[1], place=[0, 0]))}, "place of 'Rex' must be a box"),
+        ({"subjects": (TWO.subjects[0], replace(TWO.subjects[1], picture="none.png"))}, "cannot read the reference"),
+    ],
+)
+def test_bad_input_is_told_before_any_panel_is_made(sd, changes, words):
+    events: list[Any] = []
+    with pytest.raises((ValueError, TypeError), match=words):
+        story(replace(TWO, **changes), pipe=sd, on_step=events.append)
+    assert not events
+
+
 def test_panels_that_do_not_exist_are_told(sd):
     with pytest.raises(ValueError, match="no panel 4; the story has 3"):
         story(TWO, pipe=sd, only=[3])
@@ -273,6 +291,27 @@ def test_a_story_is_saved_whole_and_a_panel_beside_the_others(made, sd, tmp_path
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
     assert Script.read(tmp_path / "story.json").panels[1].seed == 5
     assert same(Image.open(tmp_path / "panel-2.png"), one.panels[1])
+
+
+def test_a_saved_story_can_be_moved_with_its_own_pictures(sd, tmp_path):
+    picture = Image.fromarray((np.indices((20, 24)).sum(0)[..., None] * [4, 2, 1]).astype(np.uint8))
+    picture.save(tmp_path / "tom.jpg")
+    own = replace(TWO.subjects[0], picture=str(tmp_path / "tom.jpg"))
+    made = story(replace(TWO, subjects=(own, TWO.subjects[1])), pipe=sd, only=[0])
+    (tmp_path / "tom.jpg").unlink()
+    files = made.save(tmp_path / "made")
+    assert tmp_path / "made" / "picture-1.png" in files
+    for text in ((tmp_path / "made" / "story.json").read_text(), Image.open(files[0]).text["reattend story"]):
+        assert str(tmp_path) not in text and Script.from_json(text).subjects[0].picture == "picture-1.png"
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    again = story(Script.read(moved / "story.json"), pipe=sd, only=[0])
+    assert same(again.panels[0], made.panels[0])
+
+
+def test_a_broken_panel_beside_a_new_one_costs_the_strip_alone(made, tmp_path):
+    (tmp_path / "panel-2.png").write_bytes(b"broken")
+    one = Story(script=made.script, panels={0: made.panels[0]}, places=made.places)
+    assert {file.name for file in one.save(tmp_path)} == {"panel-1.png", "panel-1-places.png", "story.json"}
 
 
 def test_a_scheduler_that_visits_a_timestep_twice_reads_the_right_tokens(sd):
