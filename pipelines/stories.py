@@ -155,7 +155,7 @@ class _Job:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):
                 made.places[number] = self._found(method, contexts, number - group.start, panel)
-            made.report += [line for context in contexts for line in method.outlook(context, ()).splitlines()[1:]]
+            made.report += [line for context in contexts for line in method.cast(context).told(group.start)]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
 

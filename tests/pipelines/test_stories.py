@@ -256,6 +256,14 @@ def test_a_rehearsal_finds_subjects_and_is_remembered(sd):
         story(replace(TWO, subjects=subjects), pipe=sd, only=[0], find=lambda picture, phrases: [])
 
 
+def test_who_was_not_found_is_told_by_the_panel_of_the_story(sd):
+    bare = replace(TWO, panels=tuple(Panel(prompt=panel.prompt) for panel in TWO.panels))
+    made = story(bare, pipe=sd, only=[2])  # two steps are too few for attention maps
+    assert [line.split(" (")[0] for line in made.report] == [
+        "not found: 'Tom' in panel 3", "not found: 'Rex' in panel 3",
+    ]  # fmt: skip
+
+
 def test_words_are_found_as_tokens(sd, flux):
     tokens = sd.tokenizer("a cat on a Cat", return_offsets_mapping=True)["offset_mapping"]
     words = words_of(sd, "a cat on a Cat", "cat")
