@@ -135,6 +135,7 @@ def test_maps_of_the_latents_own_grid_are_left_out_when_pooled_to_that_of_coarse
     maps._latents = (4, 4)
     draw = torch.Generator().manual_seed(0)
     coarse, own = torch.rand(4, 2, generator=draw), torch.rand(4, 4, generator=draw)
+    want = None
     for more in ([], [torch.rand(16, 2, generator=draw)]):
         maps._text(row, (2, 2), coarse)
         maps._heard[row].add(maps._heard[row].own, (2, 2), (2, 2), own)
@@ -143,7 +144,7 @@ def test_maps_of_the_latents_own_grid_are_left_out_when_pooled_to_that_of_coarse
             maps._heard[row].add(maps._heard[row].own, (4, 4), (2, 2), torch.rand(4, 4, generator=draw))
         spread, grid = maps._heard[row].spread()
         assert grid == (2, 2)
-        want = spread if not more else want
+        want = spread if want is None else want
         torch.testing.assert_close(spread, want, atol=1e-6, rtol=0)
 
 
