@@ -125,13 +125,21 @@ class Bank:
 
     def put(self, key: tuple, x: Tensor, source: Source) -> None:
         """Keep the tokens of one reference, (n, C). Raises MemoryError over the budget."""
+        self._hold(x)
+        self.entries[key] = (x, source)
+
+    def put_text(self, key: tuple[int, int], text: Tensor) -> None:
+        """Keep the text of one reference, (T, C'). Raises MemoryError over the budget."""
+        self._hold(text)
+        self.texts[key] = text
+
+    def _hold(self, x: Tensor) -> None:
         if self.limit is not None and self.held + x.nbytes > self.limit:
             raise MemoryError(
                 f"the bank of references would hold {self.held + x.nbytes:,} bytes, {self.limit:,} are allowed; allow "
                 "more (max_bytes), use fewer steps or smaller pictures, or keep references as rows."
             )
         self.held += x.nbytes
-        self.entries[key] = (x, source)
 
     def get(self, key: tuple) -> Tensor | None:
         """Tokens on the whole grid of their picture, zeros where the subject is not, (1, h * w, C); None: not kept."""

@@ -26,7 +26,7 @@ from .events import CancelToken, StepEvent
 from .image import attention_of, filled_in, stock_rows
 from .load import load
 from .masks import as_place, text_tokens, words_of
-from .references import BankPlan, Pinned, opened, plan_bank
+from .references import BankPlan, Pinned, opened, plan_bank, step_numbers
 from .script import Panel, Script, Subject
 from .told import Story
 
@@ -245,21 +245,24 @@ class _Job:
     ) -> tuple[Bank, list[Image.Image]]:
         """A bank of these references, and their pictures. Raises MemoryError before the first step if it cannot fit."""
         recorder = replace(method, panels=(), source="record")
-        handle = install(self.pipe, recorder)
-        try:
-            plan = self._plan(recorder, handle.parts[0][0])
-        finally:
-            handle.remove()
+        with self._inside(recorder, None) as contexts:  # other attention leaves us fewer layers
+            plan = self._plan(recorder, contexts[0])
         bank = plan.bank(self.script.bank)
         made.report.append(str(plan))
         with self._inside(recorder, bank):
             return bank, self._run([one.prompt for one in subjects], [one.seed for one in subjects], subjects)
 
     def _plan(self, recorder: IsolationRepositionAttnProcessor, context: Context) -> BankPlan:
-        infos = [swap.info for item in context.installations for swap in item.swaps if recorder.reads(swap.info.name)]
+        ours = [item for item in context.installations if item.method is recorder]
+        infos = [swap.info for item in ours for swap in item.swaps if recorder.reads(swap.info.name)]
+        text = 0
+        if recorder.text_mix * recorder.strength:
+            width = context.model.config.cross_attention_dim
+            text = self.pipe.tokenizer.model_max_length * (width if isinstance(width, int) else max(width))
         return plan_bank(
-            recorder, infos, self._grids(), steps=self.script.steps, branches=2 if self._guided() else 1,
-            item=torch.finfo(context.model.dtype).bits // 8, limit=self.script.bank,
+            recorder, infos, self._grids(), steps=step_numbers(self.pipe.scheduler, self.script.steps),
+            branches=2 if self._guided() else 1, item=torch.finfo(context.model.dtype).bits // 8,
+            limit=self.script.bank, text=text,
         )  # fmt: skip
 
     def _guided(self) -> bool:
