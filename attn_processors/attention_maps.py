@@ -2,7 +2,7 @@
 
 Nothing is known at the first step, so masks begin after `warmup`. From half of it on every step adds to a running
 average of the maps; masks are made anew every few steps, taken if they agree with the last ones or are surer, and frozen
-once the picture has its layout. Only rows with the prompt are listened to.
+once the picture has its layout (with few steps, the first masks come later). Only rows with the prompt are listened to.
 """
 
 from __future__ import annotations
@@ -28,39 +28,42 @@ FREEZE = 0.6  # share of the steps after which masks stay
 KEEP = 0.7  # share of the old maps in the running average
 AGREE = 0.6  # overlap (intersection over union) at which a new mask replaces the last one anyway
 ROUNDING = 1e-6
+LOST = "its words have no place of their own in the attention"
 
 Row = tuple[str, int]  # kind, number
 Grid = tuple[int, int]
+Level = tuple[Grid, bool]  # the grid after pooling; whether it was the latents' own before
 
 
 class Heard:
-    """Sums of one row in one call: per grid of text maps P (N, K) and of self-attention A (N, N), with their counts."""
+    """Sums of one row in one call: per level of text maps P (N, K) and of self-attention A (N, N), with their counts."""
 
     def __init__(self, latents: Grid) -> None:
         self.latents = latents  # the finest grid of the model
-        self.text: dict[Grid, tuple[Tensor, int]] = {}
-        self.own: dict[Grid, tuple[Tensor, int]] = {}
+        self.text: dict[Level, tuple[Tensor, int]] = {}
+        self.own: dict[Level, tuple[Tensor, int]] = {}
 
-    def add(self, what: dict[Grid, tuple[Tensor, int]], grid: Grid, value: Tensor) -> None:
-        total, count = what.get(grid, (0.0, 0))
-        what[grid] = (total + value, count + 1)
+    def add(self, what: dict[Level, tuple[Tensor, int]], grid: Grid, small: Grid, value: Tensor) -> None:
+        """Add what a layer on `grid` said, pooled to `small`."""
+        level = (small, grid == self.latents)
+        total, count = what.get(level, (0.0, 0))
+        what[level] = (total + value, count + 1)
 
     def spread(self) -> tuple[Tensor, Grid] | None:
         """Maps on the finest grid that has both, (N, K), each spread over what belongs together; None if nothing came.
 
         The latents' own grid is left out where there are coarser ones: words act there too diffusely.
         """
-        both = [grid for grid in self.text if grid in self.own]
-        coarse = [grid for grid in both if grid != self.latents]
-        both = coarse or both
+        both = [level for level in self.text if level in self.own]
+        both = [level for level in both if not level[1]] or both
         if not both:
             return None
-        finest = max(both, key=lambda grid: grid[0] * grid[1])
+        finest = max((small for small, _ in both), key=lambda grid: grid[0] * grid[1])
         maps = []
-        for grid in both:
-            (p, n), (a, m) = self.text[grid], self.own[grid]
+        for level in both:
+            (p, n), (a, m) = self.text[level], self.own[level]
             a = a / m
-            maps.append(resized(spread_powers(a / a.sum(1, keepdim=True), p / n), grid, finest))
+            maps.append(resized(spread_powers(a / a.sum(1, keepdim=True), p / n), level[0], finest))
         return torch.stack(maps).mean(0), finest
 
 
@@ -89,9 +92,14 @@ class Maps:
         self._heard, self._progress = {}, progress
         self._latents = max(context.grids.values(), key=lambda grid: grid[0] * grid[1], default=(0, 0))
         due = self._last is None or cast.step - self._last >= EVERY
-        if progress >= self.method.warmup - ROUNDING and progress <= FREEZE + ROUNDING and due and self._average:
+        warm, frozen = progress >= self.method.warmup - ROUNDING, progress > FREEZE + ROUNDING
+        if warm and (not frozen or self._last is None) and due and self._average:
             self._make(context, cast)
             self._last = cast.step
+        if warm and frozen and self.method.strict:
+            for kind, number, place in cast.all_places():
+                if place.automatic and (kind, number, place.subject) not in cast.found:
+                    cast.missed(context, kind, number, place.subject, LOST)
         listen = self.method.warmup / 2 - ROUNDING <= progress <= FREEZE and cast.call == 0
         self.listening = {}
         if listen:
@@ -141,12 +149,12 @@ class Maps:
             shape = (len(pooled), *ask.shape[1:])
             logits = torch.einsum("n h d, m h d -> h n m", pooled.view(shape), keys.view(shape)) * call.scale
             heard = self._of(row)
-            heard.add(heard.own, grid, logits.softmax(-1).mean(0))
+            heard.add(heard.own, layout.shape, grid, logits.softmax(-1).mean(0))
 
     def _text(self, row: Row, grid: Grid, maps: Tensor) -> None:
         pooled, small = pool_tokens(maps, grid, MOST_TOKENS)
         heard = self._of(row)
-        heard.add(heard.text, small, pooled)
+        heard.add(heard.text, grid, small, pooled)
 
     def _of(self, row: Row) -> Heard:
         return self._heard.setdefault(row, Heard(self._latents))
@@ -179,15 +187,14 @@ class Maps:
                 key = (*row, place.subject)
                 if not mask.any():
                     if key not in cast.found:
-                        cast.missed(
-                            context, *row, place.subject, "its words have no place of their own in the attention"
-                        )
+                        cast.missed(context, *row, place.subject, LOST, last=False)
                     continue
                 values = scaled[:, i].cpu()
                 sure = float(values[mask.flatten()].mean() - values[~mask.flatten()].mean()) if not mask.all() else 0.0
                 old = cast.found.get(key)
                 if old is None or _agreement(old, mask) >= AGREE or sure > self._sure.get(key, 0.0):
                     cast.found[key], self._sure[key] = mask, sure
+                    cast.absent.pop(key, None)
         cast.changed()
 
 

@@ -208,14 +208,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if self.neutral:
             return ""
         cast = self.cast(context)
-        lines = [
-            f"{self.name}: {len(cast.subjects)} subjects, {len(self.references)} references, {len(self.panels)} panels"
-        ]
-        lines += [f"not found: {where} ({why})" for where, why in cast.absent.items()]
-        if cast.bank is not None:
-            limit = "no limit" if cast.bank.limit is None else f"{cast.bank.limit:,} allowed"
-            lines.append(f"bank: {cast.bank.held:,} bytes held, {limit}, {cast.bank.missing} times nothing was kept")
-        return "\n".join(lines)
+        counts = f"{len(cast.subjects)} subjects, {len(self.references)} references, {len(self.panels)} panels"
+        return "\n".join([f"{self.name}: {counts}", *cast.told()])
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 

@@ -125,13 +125,21 @@ class Bank:
 
     def put(self, key: tuple, x: Tensor, source: Source) -> None:
         """Keep the tokens of one reference, (n, C). Raises MemoryError over the budget."""
+        self._hold(x)
+        self.entries[key] = (x, source)
+
+    def put_text(self, key: tuple[int, int], text: Tensor) -> None:
+        """Keep the text of one reference, (T, C'). Raises MemoryError over the budget."""
+        self._hold(text)
+        self.texts[key] = text
+
+    def _hold(self, x: Tensor) -> None:
         if self.limit is not None and self.held + x.nbytes > self.limit:
             raise MemoryError(
                 f"the bank of references would hold {self.held + x.nbytes:,} bytes, {self.limit:,} are allowed; allow "
                 "more (max_bytes), use fewer steps or smaller pictures, or keep references as rows."
             )
         self.held += x.nbytes
-        self.entries[key] = (x, source)
 
     def get(self, key: tuple) -> Tensor | None:
         """Tokens on the whole grid of their picture, zeros where the subject is not, (1, h * w, C); None: not kept."""
@@ -152,7 +160,7 @@ class Cast:
         self.subjects = list(dict.fromkeys(names))
         self.bank: Bank | None = None
         self.found: dict[tuple[str, int, str], Tensor] = {}  # ("panel" or "reference", row, subject) -> bool (h, w)
-        self.absent: dict[str, str] = {}  # what was not found -> why
+        self.absent: dict[tuple[str, int, str], str] = {}  # keys as in `found` -> why it was not
         self.branches, self.step, self.call, self.phase = 1, 0, 0, 0
         self.layers: dict[str, int] = {}  # order of the layers that may read references
         self._moment: float | None = None
@@ -216,15 +224,34 @@ class Cast:
                 why = "its mask is empty" if place.mask is not None else f"its box {place.box} is outside the picture"
                 self.missed(context, kind, number, place.subject, why)
 
-    def missed(self, context: Context, kind: str, number: int, subject: str, why: str) -> None:
+    def missed(self, context: Context, kind: str, number: int, subject: str, why: str, last: bool = True) -> None:
+        """Say that a subject was not found; `last`: it will not be looked for again."""
         where = f"{subject!r} in {kind} {number + 1}"
-        if where in self.absent:
-            return
-        self.absent[where] = why
-        effect = "it is neither kept apart nor referred to there" if kind == "panel" else "this reference is left out"
-        if self.method.strict:
+        if self.method.strict and last:
             raise ValueError(f"{where} was not found: {why}; give a box or mask, or allow it with strict=False.")
-        context.warn_once((self.method.name, where), f"{where} was not found: {why}; {effect}.")
+        if (kind, number, subject) in self.absent:
+            return
+        self.absent[kind, number, subject] = why
+        effect = "it is neither kept apart nor referred to there" if kind == "panel" else "this reference is left out"
+        if not self.method.strict:
+            context.warn_once((self.method.name, where), f"{where} was not found: {why}; {effect}.")
+
+    def told(self, first_panel: int = 0) -> list[str]:
+        """Who was not found, and what the bank holds; panels are counted from `first_panel` + 1."""
+        lost = dict(self.absent)
+        for kind, number, place in self.all_places():
+            if place.automatic and (kind, number, place.subject) not in self.found and self._moment is not None:
+                lost.setdefault(
+                    (kind, number, place.subject), "no mask was read from attention maps; more steps give one"
+                )
+        lines = [
+            f"not found: {subject!r} in {kind} {number + 1 + (first_panel if kind == 'panel' else 0)} ({why})"
+            for (kind, number, subject), why in lost.items()
+        ]
+        if self.bank is not None:
+            limit = "no limit" if self.bank.limit is None else f"{self.bank.limit:,} allowed"
+            lines.append(f"bank: {self.bank.held:,} bytes held, {limit}, {self.bank.missing} times nothing was kept")
+        return lines
 
     def all_places(self) -> Iterator[tuple[str, int, Place]]:
         for number, place in enumerate(self.method.references):

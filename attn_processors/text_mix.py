@@ -82,10 +82,10 @@ def _texts(
 
 
 def _keep(cast: Cast, context: Context, method: IsolationRepositionAttnProcessor, text: Tensor) -> None:
-    """Once for each reference and branch: text is the same in all layers and steps."""
+    """Once for each reference and branch that is read: text is the same in all layers and steps."""
     assert cast.bank is not None
     for number in range(len(method.references)):
-        for branch in cast.all_branches:
+        for branch in cast.reference_branches():
             key = (branch - cast.branches, number)
             if key not in cast.bank.texts:
-                cast.bank.texts[key] = text[cast.rows("reference", number, context, [branch])[0]].clone()
+                cast.bank.put_text(key, text[cast.rows("reference", number, context, [branch])[0]].clone())

@@ -26,7 +26,7 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
         raise TypeError(
             f"{name} must be {'a number' if kind is float else 'a whole number'} from {low} to {high}, got {value!r}"
         )
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high or not math.isfinite(value):  # whole numbers may be too large for a float
         raise ValueError(f"{name} is out of range: got {value}, need {low} to {high}")
 
 

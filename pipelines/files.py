@@ -9,7 +9,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["check_writable", "free_path", "written_whole"]
+__all__ = ["PICTURES", "check_writable", "free_path", "inside", "written_whole"]
+
+PICTURES = ["PNG", "JPEG", "WEBP"]  # formats that are read; of others Pillow starts programs
 
 
 @contextlib.contextmanager
@@ -52,6 +54,14 @@ def free_path(folder: Path, text: str, suffix: str, others: Sequence[str] = ()) 
     names = (f"{stem}-{i}" if i > 1 else stem for i in range(1, 10**9))
     free = (name for name in names if not any((folder / (name + end)).exists() for end in (suffix, *others)))
     return folder / (next(free) + suffix)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that another file in `folder` names. Raises ValueError if it lies elsewhere."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} lies outside {folder}; put it beside the file that names it, and give its name alone")
+    return path
 
 
 def check_writable(path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from ..attn_processors.ops.regions import LARGEST_MASK, Box, pack_mask, unpack_mask
 from ..attn_processors.subjects import Place
+from .files import PICTURES, inside
 
 __all__ = ["mask_picture", "overlay", "read_mask", "text_tokens", "words_of"]
 
@@ -67,7 +68,7 @@ def read_mask(path: Path) -> str:
         ValueError: the file cannot be read as a picture.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=PICTURES) as file:
             image = file.getchannel("A") if "A" in file.getbands() else file.convert("L")
             image.thumbnail((STORED, STORED), Image.Resampling.BOX)
             return pack_mask(torch.from_numpy(np.asarray(image) >= 128))
@@ -121,15 +122,15 @@ def as_place(name: str, where: Any, folder: Path | None = None) -> Place:
         packed = text if re.match(r"\d+x\d+:", text) else None
         if packed is None and folder is None:
             raise ValueError(f"the mask of {name!r} is no packed mask: got {text[:40]!r}; give a story file beside it.")
-        return Place(subject=name, mask=packed or read_mask((folder or Path()) / text))
+        return Place(subject=name, mask=packed or read_mask(inside(folder or Path(), text)))
     numbers = isinstance(where, (list, tuple)) and len(where) == 4
     if numbers and all(isinstance(edge, (int, float)) and not isinstance(edge, bool) for edge in where):
-        x0, y0, x1, y1 = (float(edge) for edge in where)
-        if max(map(abs, where)) > 2:
+        if any(abs(edge) > 2 for edge in where):  # first: whole numbers may be too large for a float
             raise ValueError(
                 f"the box of {name!r} is in pixels: got {list(where)}; boxes are fractions of width and height from 0 to "
                 "1, so divide by them."
             )
+        x0, y0, x1, y1 = (float(edge) for edge in where)
         return Place(subject=name, box=(x0, y0, x1, y1))
     raise TypeError(
         f'the place of {name!r} must be a box [x0, y0, x1, y1], {{"mask": "file.png"}} or null, got {where!r}.'

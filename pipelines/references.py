@@ -6,6 +6,7 @@ in its row by force: after each step the row's latents are the picture's, with n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from ..attn_processors.isolation_reposition import IsolationRepositionAttnProces
 from ..attn_processors.method import LayerInfo
 from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, unpack_mask
 from ..attn_processors.subjects import Bank, Place
+from .files import PICTURES
 
-__all__ = ["BankPlan", "Pinned", "opened", "plan_bank"]
+__all__ = ["BankPlan", "Pinned", "opened", "plan_bank", "step_numbers"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def plan_bank(
     layers: Sequence[LayerInfo],
     grids: Sequence[tuple[int, int]],
     *,
-    steps: int,
+    steps: Sequence[int],
     branches: int,
     item: int,
     limit: int | None,
+    text: int = 0,
 ) -> BankPlan:
     """The first plan that fits, giving up in this order: the branch without the prompt, every second layer, every second
     step. Only the subjects' own tokens are ever kept.
@@ -65,30 +68,32 @@ def plan_bank(
         method: says the references, and when and where they are read.
         layers: those that may read references, in order.
         grids: (H, W) of each level of the model; joint models have one.
-        steps: denoising steps.
+        steps: for every call of the denoiser the index of its timestep, the first of equal ones; see `step_numbers`.
         branches: guidance branches in a call.
         item: bytes of one number.
         limit: most bytes; None = no limit.
+        text: numbers in the text of one reference, where subjects read that; else 0.
 
     Raises:
         MemoryError: not even the smallest plan fits.
     """
-    times = [step for step in range(steps) if method.phase(step / steps) & 2]
+    times = [step for step in steps if method.phase(step / len(steps)) & 2]
     plan = None
     for every_step in (1, 2):
         for every_layer in (1, 2):
             for which in ("both", "cond"):
                 if (every_step, every_layer) != (1, 1) and which == "both":
                     continue
-                kept = len([step for step in times if step % every_step == 0])
-                kept *= branches if which == "both" and method.branches == "both" else 1
-                size = sum(
+                own = "both" if which == "both" and method.branches == "both" else "cond"
+                rows = branches if own == "both" else 1
+                kept = rows * len([step for step in times if step % every_step == 0])
+                size = len(method.references) * rows * text * item if times else 0
+                size += sum(
                     _tokens(place, grids[min(layer.level, len(grids) - 1)]) * layer.width * item * kept
                     for number, layer in enumerate(layers)
                     if number % every_layer == 0
                     for place in method.references
                 )
-                own = "both" if which == "both" and method.branches == "both" else "cond"
                 plan = BankPlan(size, every_layer, every_step, own)
                 if limit is None or size <= limit:
                     return plan
@@ -97,6 +102,17 @@ def plan_bank(
         f"a bank of {len(method.references)} references needs {plan.bytes:,} bytes at least, {limit:,} are allowed; allow "
         "more, make fewer steps, draw smaller boxes around the references, or keep references as rows (leave bank out)."
     )
+
+
+def step_numbers(scheduler: Any, steps: int) -> list[int]:
+    """For every call of the denoiser the index of its timestep. Some schedulers visit one twice: the first of the two."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.tolist()
+    except (TypeError, ValueError):  # it wants to know more, as those of flow matching do, which visit each step once
+        return list(range(steps))
+    return [times.index(time) for time in times]
 
 
 def _tokens(place: Place, grid: tuple[int, int]) -> int:
@@ -150,11 +166,13 @@ def encode(pipe: Any, picture: Image.Image, size: tuple[int, int]) -> Tensor:
 def opened(path: str) -> Image.Image:
     """A reference picture from a file. Raises ValueError in one sentence."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=PICTURES) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is no picture that can be read"
-        raise ValueError(f"cannot read the reference picture {path}: {reason}; give a PNG or JPEG file.") from None
+        raise ValueError(
+            f"cannot read the reference picture {path}: {reason}; give a PNG, JPEG or WebP file."
+        ) from None
 
 
 def _packed(pipe: Any, clean: Tensor, latents: Tensor) -> Tensor:

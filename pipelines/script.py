@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_number, check_text
+from .files import inside
 from .recipe import FILE_SIZE, PROMPT_LENGTH, SEED, Recipe
 
 __all__ = ["MOST_PANELS", "Panel", "Script", "Subject"]
@@ -86,6 +87,8 @@ class Panel:
             raise ValueError("a panel has no prompt; say what it shows")
         if self.places is not None and not isinstance(self.places, Mapping):
             raise TypeError(f"places of a panel must map names to boxes, got {self.places!r}")
+        if self.found is not None and not isinstance(self.found, Mapping):
+            raise TypeError(f"found of a panel must map names to boxes, got {self.found!r}")
         if self.seed is not None:
             check_number("seed of a panel", self.seed, int, *SEED)
 
@@ -159,9 +162,11 @@ class Script:
         return range(first, min(first + self.together, len(self.panels)))
 
     def with_panel(self, number: int, **changes: Any) -> Script:
-        """The story with one panel changed, counted from 0."""
+        """The story with one panel changed, counted from 0. A new prompt says anew who is in it, if no place is given."""
         panels = list(self.panels)
-        forget = {"found": None} if {"prompt", "seed"} & set(changes) else {}
+        forget: dict[str, Any] = {"found": None} if {"prompt", "seed"} & set(changes) else {}
+        if "prompt" in changes and all(where is None for where in (panels[number].places or {}).values()):
+            forget["places"] = None
         panels[number] = replace(panels[number], **forget | changes)
         return replace(self, panels=tuple(panels))
 
@@ -198,7 +203,10 @@ class Script:
 
     @classmethod
     def read(cls, path: str | Path) -> Script:
-        """The story in a JSON file; its mask and picture files are found beside it. Raises ValueError or TypeError."""
+        """The story in a JSON file; its mask and picture files are found beside it, in the same folder.
+
+        Raises ValueError or TypeError in one sentence.
+        """
         path = Path(path)
         try:
             if path.stat().st_size > FILE_SIZE * 10:
@@ -211,7 +219,7 @@ class Script:
         try:
             return cls.from_json(text)._beside(path.parent)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from None
 
     def _beside(self, folder: Path) -> Script:
         """With mask files read and picture files found in `folder`."""
@@ -226,7 +234,7 @@ class Script:
             replace(
                 subject,
                 place=kept(subject.name, subject.place),
-                picture=None if subject.picture is None else str((folder / subject.picture).resolve()),
+                picture=None if subject.picture is None else str(inside(folder, subject.picture)),
             )
             for subject in self.subjects
         )

@@ -26,7 +26,7 @@ from .events import CancelToken, StepEvent
 from .image import attention_of, filled_in, stock_rows
 from .load import load
 from .masks import as_place, text_tokens, words_of
-from .references import BankPlan, Pinned, opened, plan_bank
+from .references import BankPlan, Pinned, opened, plan_bank, step_numbers
 from .script import Panel, Script, Subject
 from .told import Story
 
@@ -79,11 +79,12 @@ def story(
     job = _Job(script, pipe, find, on_step, cancel)
     made = Story(script=script)
     groups = list(dict.fromkeys(script.group(number) for number in wanted))
+    job.check(groups)
     job.calls = len(groups) * ((1 if script.bank is None else 2) + (find is not None))
     for group in groups:
         cancel.check()
         job.make(group, made)
-    made.script = job.script
+    made.script, made.pictures = job.script, job.pictures
     made.panels = {number: picture for number, picture in made.panels.items() if number in wanted}
     made.places = {number: places for number, places in made.places.items() if number in wanted}
     made.report = list(dict.fromkeys(made.report))
@@ -104,8 +105,23 @@ class _Job:
         self.script, self.pipe, self.find, self.on_step, self.cancel = script, pipe, find, on_step, cancel
         self.began = time.monotonic()
         self.calls, self.call = 1, 0
+        self.pictures: dict[str, Image.Image] = {}  # of one's own, by subject
         unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
         self.settings = {**USUAL, **unet, **script.consistency, "strength": script.strength}
+
+    def check(self, groups: Sequence[range]) -> None:
+        """Read every place and picture, and find the words of the panels to make, before any work. Raises as `story`."""
+        for subject in self.script.subjects:
+            self._reference(subject)
+            if subject.picture is not None:
+                self.pictures[subject.name] = opened(subject.picture)
+        for panel in self.script.panels:
+            for name, where in [*(panel.places or {}).items(), *(panel.found or {}).items()]:
+                if where is not None:
+                    as_place(name, where)
+        if self.find is None:
+            for number in (number for group in groups for number in group):
+                self._panel(number, Story(script=self.script))
 
     def make(self, group: range, made: Story) -> None:
         """The panels of one call, into `made`."""
@@ -139,7 +155,7 @@ class _Job:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):
                 made.places[number] = self._found(method, contexts, number - group.start, panel)
-            made.report += [line for context in contexts for line in method.outlook(context, ()).splitlines()[1:]]
+            made.report += [line for context in contexts for line in method.cast(context).told(group.start)]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
 
@@ -229,21 +245,24 @@ class _Job:
     ) -> tuple[Bank, list[Image.Image]]:
         """A bank of these references, and their pictures. Raises MemoryError before the first step if it cannot fit."""
         recorder = replace(method, panels=(), source="record")
-        handle = install(self.pipe, recorder)
-        try:
-            plan = self._plan(recorder, handle.parts[0][0])
-        finally:
-            handle.remove()
+        with self._inside(recorder, None) as contexts:  # other attention leaves us fewer layers
+            plan = self._plan(recorder, contexts[0])
         bank = plan.bank(self.script.bank)
         made.report.append(str(plan))
         with self._inside(recorder, bank):
             return bank, self._run([one.prompt for one in subjects], [one.seed for one in subjects], subjects)
 
     def _plan(self, recorder: IsolationRepositionAttnProcessor, context: Context) -> BankPlan:
-        infos = [swap.info for item in context.installations for swap in item.swaps if recorder.reads(swap.info.name)]
+        ours = [item for item in context.installations if item.method is recorder]
+        infos = [swap.info for item in ours for swap in item.swaps if recorder.reads(swap.info.name)]
+        text = 0
+        if recorder.text_mix * recorder.strength:
+            width = context.model.config.cross_attention_dim
+            text = self.pipe.tokenizer.model_max_length * (width if isinstance(width, int) else max(width))
         return plan_bank(
-            recorder, infos, self._grids(), steps=self.script.steps, branches=2 if self._guided() else 1,
-            item=torch.finfo(context.model.dtype).bits // 8, limit=self.script.bank,
+            recorder, infos, self._grids(), steps=step_numbers(self.pipe.scheduler, self.script.steps),
+            branches=2 if self._guided() else 1, item=torch.finfo(context.model.dtype).bits // 8,
+            limit=self.script.bank, text=text,
         )  # fmt: skip
 
     def _guided(self) -> bool:
@@ -297,7 +316,7 @@ class _Job:
     def _run(self, prompts: list[str], seeds: list[Any], rows: Sequence[Subject]) -> list[Image.Image]:
         script = self.script
         recipe = script.recipe(prompts[0])
-        pictures = {row: opened(one.picture) for row, one in enumerate(rows) if one.picture is not None}
+        pictures = {row: self.pictures[one.name] for row, one in enumerate(rows) if one.picture is not None}
         assert script.width is not None and script.height is not None
         pinned = None
         if pictures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..attn_processors import Place
 from .files import written_whole
 from .masks import overlay
+from .references import opened
 from .script import Script
 
 __all__ = ["Story", "strip"]
@@ -27,6 +28,7 @@ class Story:
         script: makes the same pixels again on a CPU; every seed is in it.
         panels: pictures by number, counted from 0; only those that were asked for.
         references: pictures by subject.
+        pictures: those of one's own that the references were made from, by subject.
         places: where every subject was at the end, by panel; masks found by attention maps among them.
         report: what was not found, and what the bank holds; one line each.
     """
@@ -34,6 +36,7 @@ class Story:
     script: Script
     panels: dict[int, Image.Image] = field(default_factory=dict)
     references: dict[str, Image.Image] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
     places: dict[int, tuple[Place, ...]] = field(default_factory=dict)
     report: list[str] = field(default_factory=list)
 
@@ -44,6 +47,8 @@ class Story:
     def save(self, folder: Path) -> list[Path]:
         """Write panels, references, places and a strip as PNG, and the script; the story is inside every panel and beside.
 
+        Pictures of one's own are written too, and the script names those, so that the folder can be moved.
+
         Panels that were not made now stay as they are in the folder. All files appear whole, or none does.
         """
         files: dict[Path, Image.Image | str] = {}
@@ -53,15 +58,22 @@ class Story:
         for i, subject in enumerate(self.script.subjects):
             if subject.name in self.references:
                 files[folder / f"reference-{i + 1}.png"] = self.references[subject.name]
+            if subject.picture is not None:
+                files[folder / f"picture-{i + 1}.png"] = self.pictures.get(subject.name) or opened(subject.picture)
         pictures = [
             self.panels.get(number) or _there(folder / f"panel-{number + 1}.png")
             for number in range(len(self.script.panels))
         ]
         if all(picture is not None for picture in pictures):
             files[folder / "strip.png"] = strip([picture for picture in pictures if picture is not None])
-        files[folder / "story.json"] = self.script.to_json() + "\n"
+        subjects = tuple(
+            one if one.picture is None else replace(one, picture=f"picture-{i + 1}.png")
+            for i, one in enumerate(self.script.subjects)
+        )
+        told = replace(self.script, subjects=subjects).to_json()
+        files[folder / "story.json"] = told + "\n"
         chunks = PngInfo()
-        chunks.add_text("reattend story", self.script.to_json())
+        chunks.add_text("reattend story", told)
         with written_whole(*files) as asides:
             for aside, content in zip(asides, files.values(), strict=True):
                 if isinstance(content, str):
@@ -82,8 +94,9 @@ def strip(pictures: Sequence[Image.Image], columns: int = 6) -> Image.Image:
 
 
 def _there(path: Path) -> Image.Image | None:
-    """A panel made before, if it is in the folder."""
-    if not path.is_file():
+    """A panel made before, if it is in the folder and whole."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    with Image.open(path, formats=["PNG"]) as image:
-        return image.convert("RGB")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Story"]
 
+# Options besides the seed with which a rehearsal makes other pictures, so that what it found before is no longer so.
+OTHER_PICTURES = ("model", "width", "height", "steps", "guidance", "dtype", "attention")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
@@ -110,9 +113,11 @@ class Story:
             given["attention"] = tuple(attention_entry(*words) for words in self.attention)
         if self.seed is not None and not self.panel:
             given["seed"] = self.seed
-            given["panels"] = tuple(replace(panel, seed=None) for panel in script.panels)
-            given["subjects"] = tuple(replace(subject, seed=None) for subject in script.subjects)
-        script = replace(script, **given)
+        old, script = script, replace(script, **given)
+        if "seed" in given or any(getattr(script, name) != getattr(old, name) for name in OTHER_PICTURES):
+            fresh: dict[str, Any] = {"found": None} | ({"seed": None} if "seed" in given else {})
+            panels = tuple(replace(panel, **fresh) for panel in script.panels)
+            script = replace(script, panels=panels, subjects=tuple(replace(one, **fresh) for one in script.subjects))
         if not self.panel:
             if self.prompt is not None:
                 raise ValueError("--prompt changes one panel; say which with --panel")

@@ -26,7 +26,7 @@ from ..attn_processors import installed
 from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from ..pipelines.script import Panel, Script
-from ..pipelines.stories import story
+from ..pipelines.stories import USUAL, USUAL_UNET, story
 from ..pipelines.told import Story, strip
 from .evaluate import environment, fingerprint, reader_digest
 from .rates import difference, rate
@@ -94,6 +94,7 @@ def compare(
     settings = {
         "pairs": pairs, "triples": triples, "steps": steps, "seed": seed, "model": fingerprint(pipe),
         "reader": reader_digest(), "arms": {arm: ARMS[arm] for arm in chosen},
+        "usual": {**USUAL, **(USUAL_UNET if unet else {})},
     }  # fmt: skip
     results = Results(Path(out) / "results.jsonl", FORMAT, settings)
     tales = sample_tales(seed, pairs, triples)

@@ -70,7 +70,7 @@ def test_what_is_heard_is_the_models_own_text_attention(unet):
         q, k = (attn.head_to_batch_dim(part) for part in (attn.to_q(x), attn.to_k(text)))
         probabilities = attn.get_attention_scores(q, k).view(2, attn.heads, 12, 9).mean(1)[1]
     want = torch.stack([probabilities[:, 2], probabilities[:, 5:7].amax(1)], 1)
-    got, count = maps._heard["panel", 0].text[3, 4]
+    got, count = maps._heard["panel", 0].text[(3, 4), False]
     assert count == 1
     torch.testing.assert_close(got, want, atol=CLOSE, rtol=0)
 
@@ -84,6 +84,68 @@ def test_a_subject_without_a_place_in_the_attention_is_told(sd, monkeypatch):
         with pytest.warns(UserWarning, match="'cat' in panel 1 was not found: its words have no place of their own"):
             pictures(sd, ["a cat", "a cat and a dog"], num_inference_steps=4)
         assert "not found: 'dog' in panel 1" in str(handle.report())
+
+
+def test_few_steps_get_masks_late_or_are_told(sd, monkeypatch):
+    monkeypatch.setattr("reattend.attn_processors.ops.maps.FLAT", 0.0)
+    prompts = ["a cat", "a cat and a dog"]
+    with installed(sd, AUTO) as handle:
+        method, context = handle.parts[0][1].method, handle.parts[0][0]
+        assert "not found" not in str(handle.report())
+        pictures(sd, prompts, num_inference_steps=3)
+        assert method.cast(context).found
+        pictures(sd, prompts, num_inference_steps=2)  # nothing can be read before the last step
+        assert not method.cast(context).found
+        for who in ("'cat' in reference 1", "'cat' in panel 1", "'dog' in panel 1"):
+            assert f"not found: {who} (no mask was read" in str(handle.report())
+        assert method.cast(context).told(4)[1:] == [
+            f"not found: {name!r} in panel 5 (no mask was read from attention maps; more steps give one)"
+            for name in ("cat", "dog")
+        ]
+
+
+@pytest.mark.parametrize("ever", [True, False])
+def test_a_subject_found_later_is_not_absent_and_strict_waits_for_the_last_mask(sd, monkeypatch, ever):
+    made = []
+
+    def late(maps):
+        made.append(maps)
+        mask = torch.zeros(maps.shape[1], len(maps), dtype=torch.bool)
+        if ever and len(made) > 2:  # one row each for reference and panel
+            mask[0, : len(maps) // 2] = True
+            mask[-1, len(maps) // 2 :] = True
+        return mask
+
+    monkeypatch.setattr("reattend.attn_processors.attention_maps.assign", late)
+    monkeypatch.setattr("reattend.attn_processors.attention_maps.EVERY", 1)
+    settings = {"prompts": ["a cat", "a cat and a dog"], "num_inference_steps": 6}
+    with installed(sd, replace(AUTO, strict=True)) as handle:
+        if ever:
+            pictures(sd, **settings)
+            assert "not found" not in str(handle.report())
+        else:
+            with pytest.raises(ValueError, match="'cat' in reference 1 was not found: its words have no place"):
+                pictures(sd, **settings)
+        assert len(made) == 4  # at 2/6 and 3/6 of the steps
+
+
+def test_maps_of_the_latents_own_grid_are_left_out_when_pooled_to_that_of_coarser_layers(monkeypatch):
+    monkeypatch.setattr("reattend.attn_processors.attention_maps.MOST_TOKENS", 4)
+    maps, row = Maps(AUTO), ("panel", 0)
+    maps._latents = (4, 4)
+    draw = torch.Generator().manual_seed(0)
+    coarse, own = torch.rand(4, 2, generator=draw), torch.rand(4, 4, generator=draw)
+    want = None
+    for more in ([], [torch.rand(16, 2, generator=draw)]):
+        maps._text(row, (2, 2), coarse)
+        maps._heard[row].add(maps._heard[row].own, (2, 2), (2, 2), own)
+        for fine in more:
+            maps._text(row, (4, 4), fine)
+            maps._heard[row].add(maps._heard[row].own, (4, 4), (2, 2), torch.rand(4, 4, generator=draw))
+        spread, grid = maps._heard[row].spread()
+        assert grid == (2, 2)
+        want = spread if want is None else want
+        torch.testing.assert_close(spread, want, atol=1e-6, rtol=0)
 
 
 def test_words_beyond_the_text_are_told(flux):

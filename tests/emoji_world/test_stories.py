@@ -105,6 +105,9 @@ def test_a_comparison_goes_on_where_it_was_and_says_the_same(model, tmp_path, mo
     assert "| all | 1 |" in table(json.loads((tmp_path / "summary.json").read_text()))
     with pytest.raises(ValueError, match="steps differ"):
         compare(model, **settings | {"steps": 3})
+    monkeypatch.setattr(stories, "USUAL_UNET", {"text_mix": 0.9})  # what the arm "all" means
+    with pytest.raises(ValueError, match="usual differ"):
+        compare(model, **settings)
 
 
 def test_bad_comparisons_are_one_sentence(model, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from reattend.attn_processors.ops.regions import unpack_mask
 from reattend.pipelines import Panel, Script, Subject
+from reattend.pipelines.references import opened
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "story.json"
 CAT = {"name": "Tom", "phrase": "cat", "prompt": "a blue cat on snow"}
@@ -49,6 +50,14 @@ def test_a_new_seed_or_prompt_forgets_where_subjects_were_found():
     assert script.with_panel(0, prompt="a cat").panels[0].found is None
 
 
+def test_a_new_prompt_forgets_who_was_in_the_old_one_unless_a_place_is_given():
+    script = Script.from_json(json.dumps(SHORT)).with_panel(0, places={"Tom": None})
+    assert script.with_panel(0, prompt="sand").panels[0].places is None
+    assert script.with_panel(0, seed=3).panels[0].places == {"Tom": None}
+    placed = {"Tom": [0, 0, 1, 1]}
+    assert script.with_panel(0, places=placed).with_panel(0, prompt="a cat").panels[0].places == placed
+
+
 def test_mask_and_picture_files_are_found_beside_the_story(tmp_path):
     mask = np.zeros((600, 300), np.uint8)
     mask[:300] = 255
@@ -63,6 +72,30 @@ def test_mask_and_picture_files_are_found_beside_the_story(tmp_path):
     assert script.subjects[0].picture == str(tmp_path / "tom.png")
     kept = unpack_mask(script.panels[0].places["Tom"]["mask"])
     assert kept.shape == (256, 128) and kept[:128].all() and not kept[128:].any()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "link.png", "\ud800.png"])
+@pytest.mark.parametrize("part", ["picture", "mask"])
+def test_files_elsewhere_are_not_read(tmp_path, name, part):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    folder = tmp_path / "tale"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    name = name if name[0] != "/" else str(tmp_path) + name
+    more = {"picture": name} if part == "picture" else {"place": {"mask": name}}
+    (folder / "story.json").write_text(json.dumps(SHORT | {"subjects": [CAT | more]}))
+    with pytest.raises(ValueError, match="story.json: .*(lies outside|surrogates)"):
+        Script.read(folder / "story.json")
+
+
+def test_only_usual_picture_formats_are_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "m.eps")
+    story = SHORT | {"subjects": [CAT | {"place": {"mask": "m.eps"}}]}
+    (tmp_path / "story.json").write_text(json.dumps(story))
+    with pytest.raises(ValueError, match="it is no picture that can be read"):
+        Script.read(tmp_path / "story.json")
+    with pytest.raises(ValueError, match="it is no picture that can be read"):
+        opened(str(tmp_path / "m.eps"))
 
 
 BAD = {
@@ -90,6 +123,9 @@ BAD = {
     "steps is out of range": json.dumps(SHORT | {"steps": 0}),
     "the story itself does": json.dumps(SHORT | {"consistency": {"panels": []}}),
     "has no setting 'speed'": json.dumps(SHORT | {"consistency": {"speed": 1}}),
+    "seed of a panel is out of range": json.dumps({"subjects": [CAT], "panels": [{"prompt": "x", "seed": 10**400}]}),
+    "guidance is out of range": json.dumps(SHORT | {"guidance": 10**400}),
+    "found of a panel must map": json.dumps({"subjects": [CAT], "panels": [{"prompt": "a cat", "found": [1]}]}),
     "unknown attention": json.dumps(SHORT | {"attention": [{"name": "fast"}]}),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from PIL import Image
 from reattend.pipelines import Cancelled, CancelToken, Panel, Script, Subject, story
 from reattend.pipelines.masks import mask_picture, overlay, read_mask, text_tokens, words_of
 from reattend.pipelines.references import encode, plan_bank
-from reattend.pipelines.told import strip
+from reattend.pipelines.told import Story, strip
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
 WHOLE = [0, 0, 1, 1]
@@ -155,6 +156,24 @@ def test_a_bank_gives_up_branch_layers_and_steps_before_it_refuses(sd):
     assert not events  # before the first step
 
 
+def test_a_bank_beside_other_attention_holds_what_was_said(sd):
+    agent = ({"name": "agent", "levels": 1},)
+    plan, held = story(replace(TWO, bank=10**9, attention=agent), pipe=sd, only=[0]).report
+    assert plan.split()[3] == held.split()[1]
+    alone = story(replace(TWO, bank=10**9), pipe=sd, only=[0]).report[0]
+    assert int(plan.split()[3].replace(",", "")) < int(alone.split()[3].replace(",", ""))
+
+
+def test_text_that_subjects_read_is_held_in_the_bank(sd):
+    def said(mix: float) -> list[int]:
+        settings = {"branches": "cond", "text_mix": mix}
+        plan, held = story(replace(TWO, bank=10**9, consistency=settings), pipe=sd, only=[0]).report
+        return [int(line.split()[at].replace(",", "")) for line, at in ((plan, 3), (held, 1))]
+
+    (plan, held), (without, _) = said(0.5), said(0.0)
+    assert plan == held == without + 2 * 77 * tiny.TEXT_WIDTH * 4  # two references, the branch with the prompt
+
+
 def test_smaller_boxes_make_smaller_banks(sd):
     from reattend.attn_processors import IsolationRepositionAttnProcessor, LayerInfo, Place
 
@@ -162,7 +181,7 @@ def test_smaller_boxes_make_smaller_banks(sd):
     sizes = [
         plan_bank(
             IsolationRepositionAttnProcessor(references=(Place(subject="a", box=box),), source="record"), layers,
-            [(4, 4)], steps=3, branches=2, item=4, limit=None,
+            [(4, 4)], steps=range(3), branches=2, item=4, limit=None,
         ).bytes
         for box in (None, (0, 0, 0.5, 0.5))
     ]  # fmt: skip
@@ -210,6 +229,24 @@ def test_words_that_are_missing_or_alike_are_told(sd):
         story(both, pipe=sd)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", places={"Tom": [0, 0, 1]}))}, "place of 'Tom' must be a box"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", places={"Tom": [0, 0, 10**400, 1]}))}, "is in pixels"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a cat", found={"Tom": "left"}))}, "place of 'Tom' must be a box"),
+        ({"panels": (TWO.panels[0], Panel(prompt="a bird", places={"Tom": None}))}, "'cat' is not in the prompt"),
+        ({"subjects": (TWO.subjects[0], replace(TWO.subjects[1], place=[0, 0]))}, "place of 'Rex' must be a box"),
+        ({"subjects": (TWO.subjects[0], replace(TWO.subjects[1], picture="none.png"))}, "cannot read the reference"),
+    ],
+)
+def test_bad_input_is_told_before_any_panel_is_made(sd, changes, words):
+    events: list[Any] = []
+    with pytest.raises((ValueError, TypeError), match=words):
+        story(replace(TWO, **changes), pipe=sd, on_step=events.append)
+    assert not events
+
+
 def test_panels_that_do_not_exist_are_told(sd):
     with pytest.raises(ValueError, match="no panel 4; the story has 3"):
         story(TWO, pipe=sd, only=[3])
@@ -236,6 +273,14 @@ def test_a_rehearsal_finds_subjects_and_is_remembered(sd):
     assert len(asked) == 2 and same(again.panels[0], made.panels[0])
     with pytest.raises(ValueError, match="asked for 1 subjects and told of 0"):
         story(replace(TWO, subjects=subjects), pipe=sd, only=[0], find=lambda picture, phrases: [])
+
+
+def test_who_was_not_found_is_told_by_the_panel_of_the_story(sd):
+    bare = replace(TWO, panels=tuple(Panel(prompt=panel.prompt) for panel in TWO.panels))
+    made = story(bare, pipe=sd, only=[2])  # two steps are too few for attention maps
+    assert [line.split(" (")[0] for line in made.report] == [
+        "not found: 'Tom' in panel 3", "not found: 'Rex' in panel 3",
+    ]  # fmt: skip
 
 
 def test_words_are_found_as_tokens(sd, flux):
@@ -275,11 +320,33 @@ def test_a_story_is_saved_whole_and_a_panel_beside_the_others(made, sd, tmp_path
     assert same(Image.open(tmp_path / "panel-2.png"), one.panels[1])
 
 
-def test_a_scheduler_that_visits_a_timestep_twice_reads_the_right_tokens(sd):
-    from diffusers import HeunDiscreteScheduler
+def test_a_saved_story_can_be_moved_with_its_own_pictures(sd, tmp_path):
+    picture = Image.fromarray((np.indices((20, 24)).sum(0)[..., None] * [4, 2, 1]).astype(np.uint8))
+    picture.save(tmp_path / "tom.jpg")
+    own = replace(TWO.subjects[0], picture=str(tmp_path / "tom.jpg"))
+    made = story(replace(TWO, subjects=(own, TWO.subjects[1])), pipe=sd, only=[0])
+    (tmp_path / "tom.jpg").unlink()
+    files = made.save(tmp_path / "made")
+    assert tmp_path / "made" / "picture-1.png" in files
+    for text in ((tmp_path / "made" / "story.json").read_text(), Image.open(files[0]).text["reattend story"]):
+        assert str(tmp_path) not in text and Script.from_json(text).subjects[0].picture == "picture-1.png"
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    again = story(Script.read(moved / "story.json"), pipe=sd, only=[0])
+    assert same(again.panels[0], made.panels[0])
 
-    sd.scheduler = HeunDiscreteScheduler.from_config(sd.scheduler.config)
+
+def test_a_broken_panel_beside_a_new_one_costs_the_strip_alone(made, tmp_path):
+    (tmp_path / "panel-2.png").write_bytes(b"broken")
+    one = Story(script=made.script, panels={0: made.panels[0]}, places=made.places)
+    assert {file.name for file in one.save(tmp_path)} == {"panel-1.png", "panel-1-places.png", "story.json"}
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler"])
+def test_a_scheduler_that_visits_a_timestep_twice_reads_the_right_tokens(sd, name):
+    sd.scheduler = getattr(diffusers, name).from_config(sd.scheduler.config, skip_prk_steps=True)
     rows = story(replace(TWO, steps=3), pipe=sd, only=[0])
     banked = story(replace(TWO, steps=3, bank=10**9), pipe=sd, only=[0])
-    assert "0 times nothing was kept" in banked.report[1]
+    plan, held = banked.report
+    assert plan.split()[3] == held.split()[1]  # predicted == held
+    assert "0 times nothing was kept" in held
     assert close(banked.panels[0], rows.panels[0])
