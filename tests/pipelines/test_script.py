@@ -89,13 +89,13 @@ def test_files_elsewhere_are_not_read(tmp_path, name, part):
 
 
 def test_only_usual_picture_formats_are_read(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "m.eps")
-    story = SHORT | {"subjects": [CAT | {"place": {"mask": "m.eps"}}]}
+    Image.new("RGB", (8, 8)).save(tmp_path / "m.bmp")
+    story = SHORT | {"subjects": [CAT | {"place": {"mask": "m.bmp"}}]}
     (tmp_path / "story.json").write_text(json.dumps(story))
     with pytest.raises(ValueError, match="it is no picture that can be read"):
         Script.read(tmp_path / "story.json")
     with pytest.raises(ValueError, match="it is no picture that can be read"):
-        opened(str(tmp_path / "m.eps"))
+        opened(str(tmp_path / "m.bmp"))
 
 
 BAD = {
