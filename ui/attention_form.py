@@ -22,7 +22,7 @@ METHOD_WORDS: dict[str, str] = {
     "linear": "Linear attention, kernel form: for students trained with it (linear)",
     "inline": "Linear attention, InLine form: for students trained with it (inline)",
     "flow": "Linear attention, flow form: for students trained with it (flow)",
-    "agent-joint": "Agent attention with FLUX and SD3: for students trained with it (agent-joint)",
+    "agent-joint": "Joint attention through agents: for students trained with it (agent-joint)",
     "isolation-reposition": "Keep subjects apart, by boxes (isolation-reposition)",
     "dual-scope": "Near frames and anchors: videos of any length (dual-scope)",
 }

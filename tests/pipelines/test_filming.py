@@ -364,6 +364,7 @@ def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
 
 
 def test_weights_that_are_broken_are_told_and_no_film_is_left(animatediff, tmp_path):
+    animatediff.vae = copy.deepcopy(animatediff.vae)  # the fixture's is shared
     with torch.no_grad():
         animatediff.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="not numbers"):
