@@ -72,7 +72,7 @@ class MemoryPlan:
     optimizer_bytes: int
     average_bytes: int
     activation_bytes: int
-    two_models_bytes: int  # weights, gradients and optimiser where the teacher is a second model
+    two_models_bytes: int  # the same where the teacher is a second model; what full copies train the student has once
 
     @property
     def state_bytes(self) -> int:
@@ -128,9 +128,12 @@ def memory_plan(config: DistillConfig, *, size: tuple[int, int] = (1024, 1024), 
     number = BYTES[config.precision]
     settings = {key: value for key, value in config.attention.items() if key != "name"}
     method = ATTN_PROCESSORS[config.attention["name"]].from_settings(settings)
-    parameters = sum(value.numel() for value in model.parameters())
+    own = {name: value.numel() for name, value in model.named_parameters()}
+    parameters = sum(own.values())
     roles = TwoRoles(model, method, layers=config.layers, projections=config.projections, rank=config.rank)
-    trained = sum(value.numel() for value in roles.trained().values())
+    learned = roles.trained()
+    trained = sum(value.numel() for value in learned.values())
+    replaced = sum(value.numel() for name, value in learned.items() if name in own)  # by full copies
     activations = _activations(model, roles, config, size, text_length)
     share = processes if config.parallel == "fsdp" else 1
     counted = {
@@ -143,7 +146,7 @@ def memory_plan(config: DistillConfig, *, size: tuple[int, int] = (1024, 1024), 
         model=config.model, parameters=parameters, trained=trained, processes=processes, **counted,
         average_bytes=trained * 4 // share if config.ema else 0,
         activation_bytes=activations,
-        two_models_bytes=sum(counted.values()) + counted["frozen_bytes"],
+        two_models_bytes=sum(counted.values()) + (parameters - replaced) * number // share,
     )  # fmt: skip
 
 

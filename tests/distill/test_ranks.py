@@ -61,6 +61,6 @@ def test_what_is_inside_is_sharded_first(sd, config, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_told(config, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    told = pytest.raises(ValueError, match="tracker 'wandb' is not installed; pip install wandb")
-    with told, Ranks.joined(config(trackers=("wandb",))):
+    words = "tracker 'wandb' is not installed; pip install wandb"
+    with pytest.raises(ValueError, match=words), Ranks.joined(config(trackers=("wandb",))):
         pass
