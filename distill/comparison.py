@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..pipelines.checks import check_number
-from .linear_folder import load_linear
+from .linear_folder import install_linear, read_linear
 from .validation import picture
 
 __all__ = ["Comparison", "Interval", "evaluate"]
@@ -105,12 +105,13 @@ def evaluate(
         raise ValueError("there are no prompts to compare with; give some")
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+    found = read_linear(student)
     errors, psnrs, ssims, seconds = [], [], [], ([], [])  # type: ignore[var-annotated]
     scores: list[tuple[float, float]] = []
     for number, prompt in enumerate(prompts):
         made = []
         for role in (0, 1) if number % 2 == 0 else (1, 0):  # in turns, so that a slow minute hits both
-            handle = load_linear(pipe, student) if role else None
+            handle = install_linear(pipe, found, student) if role else None
             try:
                 began = time.perf_counter()
                 pixels, latents = picture(pipe, prompt, size, steps, seed + number, text_length)

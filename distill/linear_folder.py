@@ -29,7 +29,7 @@ from ..attn_processors.installer import apply, plan, remove_all, supported
 from ..attn_processors.layer import EXTRA
 from ..pipelines.files import written_whole
 
-__all__ = ["load_linear", "read_linear", "save_linear"]
+__all__ = ["install_linear", "load_linear", "read_linear", "save_linear"]
 
 CONFIG, WEIGHTS = "linear_config.json", "student.safetensors"
 FORMAT, VERSION = "reattend linear", 1
@@ -52,7 +52,12 @@ def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
             does not have or has in another shape.
         FileNotFoundError: if there is nothing at `path`.
     """
-    method, tensors, trained_on, layers = read_linear(path, **settings)
+    return install_linear(target, read_linear(path, **settings), path)
+
+
+def install_linear(target: Any, student: tuple[AttnMethod, dict[str, Tensor], str | None, Any], path: Any) -> Handle:
+    """As `load_linear`, of what `read_linear` gave; `path` is for messages."""
+    method, tensors, trained_on, layers = student
     for model in supported(target):
         if trained_on not in (None, _class_name(model)):
             raise ValueError(f"{path} was trained on a {trained_on}, got a {type(model).__name__}; load that model.")

@@ -7,16 +7,15 @@ call apart, columns 1 and 2 are row and column.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..compat import apply_rotary_emb
-from ..method import LayerInfo
-from . import Family, UnsupportedModel, argument, replaced
-from .joint import JointLayer
+from . import UnsupportedModel, argument, replaced
+from .joint import JointFamily, JointLayer
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -73,25 +72,12 @@ class FluxLayer(FluxJoint):
         return image, attn.to_add_out(text)
 
 
-class FluxFamily(Family):
+class FluxFamily(JointFamily):
     layer = FluxLayer
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
-
-    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
-        return [
-            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
-            for name, module in model.named_modules()
-            if LAYER.fullmatch(name) and hasattr(module, "processor")
-        ]
-
-    def why_not(self, module: nn.Module) -> str | None:
-        name = type(module.processor).__name__
-        if name == "FluxAttnProcessor":
-            return None
-        remedy = {"FluxIPAdapterAttnProcessor": "call unload_ip_adapter() first"}.get(
-            name, "put the stock processor there first, or leave the layer out with layers=..."
-        )
-        return f"it carries {name}, which we would not know how to imitate; {remedy}"
+    names = LAYER
+    processor = "FluxAttnProcessor"
+    remedies: ClassVar[Mapping[str, str]] = {"FluxIPAdapterAttnProcessor": "call unload_ip_adapter() first"}
 
     def read(self, context: Context, args: tuple, kwargs: dict) -> None:
         hidden_states = argument(context.model, args, kwargs, "hidden_states")

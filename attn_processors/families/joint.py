@@ -6,14 +6,18 @@ before or after them, as the model has it. Everything but the picture's own toke
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layer import LayerCall, LayerProcessor
+from ..method import LayerInfo
 from ..ops.layout import TokenLayout
+from . import Family
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -208,3 +212,25 @@ def key_validity(mask: Tensor | None, batch: int, total: int) -> tuple[Tensor | 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
+
+
+class JointFamily(Family):
+    """A model whose joint layers are all of one kind and carry one stock processor."""
+
+    names: re.Pattern[str]  # of the layers
+    processor: str  # class name of the stock one
+    remedies: ClassVar[Mapping[str, str]] = {}  # what to do about some of the others, by class name
+
+    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
+        return [
+            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
+            for name, module in model.named_modules()
+            if self.names.fullmatch(name) and hasattr(module, "processor")
+        ]
+
+    def why_not(self, module: nn.Module) -> str | None:
+        name = type(module.processor).__name__
+        if name == self.processor:
+            return None
+        remedy = self.remedies.get(name, "put the stock processor there first, or leave the layer out with layers=...")
+        return f"it carries {name}, which we would not know how to imitate; {remedy}"

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import Attention
-from ..method import LayerInfo
-from . import Family, UnsupportedModel, argument
-from .joint import JointLayer, rotated
+from . import UnsupportedModel, argument
+from .joint import JointFamily, JointLayer, rotated
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -87,24 +85,10 @@ class QwenImageLayer(JointLayer):
         return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))  # tensor parallelism leaves fewer heads
 
 
-class QwenImageFamily(Family):
+class QwenImageFamily(JointFamily):
     layer = QwenImageLayer
-
-    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
-        return [
-            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
-            for name, module in model.named_modules()
-            if LAYER.fullmatch(name) and isinstance(module, Attention)
-        ]
-
-    def why_not(self, module: nn.Module) -> str | None:
-        name = type(module.processor).__name__
-        if name == "QwenDoubleStreamAttnProcessor2_0":
-            return None
-        return (
-            f"it carries {name}, which we would not know how to imitate; put the stock processor there first, or leave the "
-            "layer out with layers=..."
-        )
+    names = LAYER
+    processor = "QwenDoubleStreamAttnProcessor2_0"
 
     def read(self, context: Context, args: tuple, kwargs: dict) -> None:
         hidden_states = argument(context.model, args, kwargs, "hidden_states")

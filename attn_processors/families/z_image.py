@@ -11,12 +11,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..compat import Attention
-from ..method import LayerInfo
-from . import Family, UnsupportedModel, argument
-from .joint import JointLayer, rotated
+from . import UnsupportedModel, argument
+from .joint import JointFamily, JointLayer, rotated
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -71,24 +69,10 @@ class ZImageLayer(JointLayer):
         )
 
 
-class ZImageFamily(Family):
+class ZImageFamily(JointFamily):
     layer = ZImageLayer
-
-    def layers(self, model: nn.Module) -> list[tuple[LayerInfo, nn.Module]]:
-        return [
-            (LayerInfo(name=name, role="joint", level=0, heads=module.heads, width=module.inner_dim), module)
-            for name, module in model.named_modules()
-            if LAYER.fullmatch(name) and isinstance(module, Attention)
-        ]
-
-    def why_not(self, module: nn.Module) -> str | None:
-        name = type(module.processor).__name__
-        if name == "ZSingleStreamAttnProcessor":
-            return None
-        return (
-            f"it carries {name}, which we would not know how to imitate; put the stock processor there first, or leave the "
-            "layer out with layers=..."
-        )
+    names = LAYER
+    processor = "ZSingleStreamAttnProcessor"
 
     def read(self, context: Context, args: tuple, kwargs: dict) -> None:
         pictures = argument(context.model, args, kwargs, "x")
