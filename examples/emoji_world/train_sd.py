@@ -35,6 +35,11 @@ class SdConfig(TrainingConfig):
     out: Path = Path("runs/sd")
 
 
+def sampler() -> DPMSolverMultistepScheduler:
+    """What pictures and films are made with."""
+    return DPMSolverMultistepScheduler(num_train_timesteps=1000, timestep_spacing="trailing", steps_offset=1, **NOISE)
+
+
 def build_unet(latent_channels: int) -> UNet2DConditionModel:
     """Two levels, 16 x 16 and 8 x 8 latents at the base size, with attention at both."""
     return UNet2DConditionModel(
@@ -73,9 +78,7 @@ class SdTrainer(Trainer):
             **self.averaged(),
             vae=AutoencoderKL.from_pretrained(self.config.vae).half(),
             tokenizer=self.tokenizer,
-            scheduler=DPMSolverMultistepScheduler(
-                num_train_timesteps=1000, timestep_spacing="trailing", steps_offset=1, **NOISE
-            ),
+            scheduler=sampler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

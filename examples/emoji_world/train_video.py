@@ -21,7 +21,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     MotionAdapter,
     UNetMotionModel,
 )
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from ..pipelines.load import TINY
 from . import captions, world
-from .train_sd import NOISE
+from .train_sd import NOISE, sampler
 from .training import Trainer, TrainingConfig, encode, start_processes
 
 __all__ = ["VideoConfig", "VideoTrainer", "moving"]
@@ -164,9 +163,7 @@ class VideoTrainer(Trainer):
             text_encoder=copy.deepcopy(self.text_encoder).half(),
             tokenizer=self.tokenizer,
             motion_adapter=None,  # its modules are in the UNet
-            scheduler=DPMSolverMultistepScheduler(
-                num_train_timesteps=1000, timestep_spacing="trailing", steps_offset=1, **NOISE
-            ),
+            scheduler=sampler(),
         )
 
 
