@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from . import captions
-from .training import Trainer, TrainingConfig, start_processes
+from .training import Batch, Trainer, TrainingConfig, start_processes
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
@@ -67,11 +67,13 @@ class SdTrainer(Trainer):
         unet, text = build_unet(self.vae.config.latent_channels), captions.build_text_encoder(self.tokenizer)
         return {"unet": unet, "text_encoder": text}
 
-    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
-        t = (times * 1000).long()
-        text = self.parts["text_encoder"](torch.from_numpy(captions.tokenize(self.tokenizer, words))).last_hidden_state
-        guess = self.parts["unet"](self.noising.add_noise(clean, noise, t), t, text).sample
-        return (guess - self.noising.get_velocity(clean, noise, t)).square().mean()
+    def loss(self, batch: Batch) -> Tensor:
+        t = (batch.times * 1000).long()
+        text = self.parts["text_encoder"](
+            torch.from_numpy(captions.tokenize(self.tokenizer, batch.words))
+        ).last_hidden_state
+        guess = self.parts["unet"](self.noising.add_noise(batch.clean, batch.noise, t), t, text).sample
+        return (guess - self.noising.get_velocity(batch.clean, batch.noise, t)).square().mean()
 
     def pipeline(self) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(

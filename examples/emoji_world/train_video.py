@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..pipelines.load import TINY
 from . import captions, world
 from .train_sd import NOISE, sampler
-from .training import Trainer, TrainingConfig, encode, start_processes
+from .training import Batch, Trainer, TrainingConfig, encode, start_processes
 
 __all__ = ["VideoConfig", "VideoTrainer", "moving"]
 
@@ -147,14 +147,14 @@ class VideoTrainer(Trainer):
             clips.append(encode(self.vae, moving(scene, self.config.frames, rng), side))
         return torch.stack(clips)
 
-    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of clips, (B, F, C, H, W), all frames of one at the same time."""
-        t = (times * 1000).long()
+        t = (batch.times * 1000).long()
         with torch.no_grad():
-            text = self.text_encoder(torch.from_numpy(captions.tokenize(self.tokenizer, words))).last_hidden_state
-        noisy = self.noising.add_noise(clean, noise, t).transpose(1, 2)
-        guess = self.parts["unet"](noisy, t, text.repeat_interleave(clean.shape[1], dim=0)).sample
-        return (guess.transpose(1, 2) - self.noising.get_velocity(clean, noise, t)).square().mean()
+            text = self.text_encoder(torch.from_numpy(captions.tokenize(self.tokenizer, batch.words))).last_hidden_state
+        noisy = self.noising.add_noise(batch.clean, batch.noise, t).transpose(1, 2)
+        guess = self.parts["unet"](noisy, t, text.repeat_interleave(batch.clean.shape[1], dim=0)).sample
+        return (guess.transpose(1, 2) - self.noising.get_velocity(batch.clean, batch.noise, t)).square().mean()
 
     def pipeline(self) -> AnimateDiffPipeline:
         return AnimateDiffPipeline(

@@ -27,7 +27,16 @@ from . import world
 from .muon import Muon
 from .train_vae import pixels
 
-__all__ = ["CLOSE_UP", "Trainer", "TrainingConfig", "caption_of", "learnable", "sample_times", "start_processes"]
+__all__ = [
+    "CLOSE_UP",
+    "Batch",
+    "Trainer",
+    "TrainingConfig",
+    "caption_of",
+    "learnable",
+    "sample_times",
+    "start_processes",
+]
 
 CLOSE_UP = 8  # side of a close-up in lattice steps
 CLOSE_UPS_PER_SCENE = 3  # in a batch: they are that much cheaper
@@ -51,6 +60,18 @@ class TrainingConfig:
     save_every: int = 200
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one step of one process learns from."""
+
+    clean: Tensor  # scaled latents, (B, C, H, W), or (B, F, C, H, W) for clips
+    noise: Tensor  # as clean
+    times: Tensor  # (B,) in [0, 1), 1 is all noise
+    words: list[str]  # captions, some of them empty
+    scenes: list[world.Scene]
+    step: int
+
+
 class Trainer:
     """Models, averaged weights and optimisers of one run; `state.pt` in the run's folder holds them all.
 
@@ -68,7 +89,8 @@ class Trainer:
         if config.start_from is not None:
             known = DiffusionPipeline.from_pretrained(config.start_from, torch_dtype=torch.float32)
             for name, part in self.parts.items():
-                part.load_state_dict(getattr(known, name).state_dict())
+                if name in known.components:
+                    part.load_state_dict(getattr(known, name).state_dict())
         every = [p for part in self.parts.values() for p in part.parameters() if p.requires_grad]
         self.parameters = list(dict.fromkeys(every))
         self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)
@@ -91,8 +113,8 @@ class Trainer:
         """The modules to train, with fresh weights, by their names in the pipeline."""
         raise NotImplementedError
 
-    def loss(self, clean: Tensor, words: list[str], noise: Tensor, times: Tensor, step: int) -> Tensor:
-        """Mean loss of a batch: latents and noise (B, C, H, W), captions, times in [0, 1) with 1 all noise."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a batch."""
         raise NotImplementedError
 
     def pipeline(self) -> DiffusionPipeline:
@@ -168,21 +190,22 @@ class Trainer:
                     dist.barrier()
             rng = np.random.default_rng((config.seed, step))
             generator = torch.Generator().manual_seed(config.seed * 10**7 + step)
-            batch = config.batch * (CLOSE_UPS_PER_SCENE if stage == "close-ups" else 1)
-            chosen = rng.integers(len(scenes), size=batch)
+            count = config.batch * (CLOSE_UPS_PER_SCENE if stage == "close-ups" else 1)
+            chosen = rng.integers(len(scenes), size=count)
             words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
             clean = latents[chosen].float()
             noise = torch.randn(clean.shape, generator=generator)
-            times = sample_times(batch, generator)
+            times = sample_times(count, generator)
 
             scale = schedule(step, config.steps)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * scale
-            mine = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
-            loss = self.loss(clean[mine], words[mine], noise[mine], times[mine], step)
-            (loss * len(words[mine]) / batch).backward()
+            mine = slice(rank * count // ranks, (rank + 1) * count // ranks)
+            shown = [scenes[i] for i in chosen[mine]]
+            loss = self.loss(Batch(clean[mine], noise[mine], times[mine], words[mine], shown, step))
+            (loss * len(shown) / count).backward()
             if ranks > 1:
                 add_gradients(self.parameters)
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
