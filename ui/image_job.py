@@ -34,7 +34,7 @@ UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows at one moment. `picture` is a file or a preview; None leaves the one that is there."""
+    """What the page shows at one moment. `picture` is a file or a preview, `film` a file; None leaves what is there."""
 
     message: str
     tone: Literal["info", "good", "bad"] = "info"
@@ -42,6 +42,7 @@ class View:
     fraction: float | None = None
     picture: Path | Image.Image | None = None
     made: Made | None = None
+    film: Path | None = None
 
 
 class Previewer:
@@ -73,7 +74,7 @@ class ImageJob:
 
     def __call__(self, recipe: Recipe, token: CancelToken, report: Callable[[Progress], None]) -> Made:
         start = time.monotonic()
-        pipe = self._pipe(recipe.model, recipe.dtype, report)
+        pipe = self.pipe(recipe.model, recipe.dtype, report)
         token.check()
         show = Previewer(pipe)
 
@@ -89,7 +90,8 @@ class ImageJob:
         *smaller, (file, recipe_file) = picture.save(path)
         return Made(file, recipe_file, picture.recipe, time.monotonic() - start, tuple(file for file, _ in smaller))
 
-    def _pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
+    def pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
+        """The pipeline of a model, kept until another one is asked for."""
         if self._loaded is None or self._loaded[0] != (model, dtype):
             report(Progress(f"Loading the model {model}"))
             self._loaded = None  # frees the last one first: two large models may not fit
@@ -114,29 +116,43 @@ def make_image(
         return
     try:
         yield View("Starting", busy=True)
+        played: tuple[Path, int] | None = None
         for progress, age in run.updates(UPDATE_EVERY):
             if progress is None:
                 yield View(waiting_line(session.worker.ahead(run)), busy=True)
                 continue
             line = "Stopping" if run.token.requested else progress.line(age)
-            yield View(line, busy=True, fraction=progress.fraction, picture=progress.preview)
+            film = progress.film if progress.film != played else None  # once: showing it starts it again
+            played = progress.film
+            yield View(
+                line, busy=True, fraction=progress.fraction, picture=progress.preview, film=film[0] if film else None
+            )
     finally:
         session.worker.stop(run)  # does nothing to a run that has ended
     outcome = run.outcome
     assert outcome is not None, "updates end with the outcome"
+    if outcome.kept is not None:  # the last preview shows it
+        session.kept = outcome.kept
+        yield View(outcome.text, film=outcome.kept.film)
+        return
     if outcome.made is None:
+        shown = session.shown
         yield View(
             outcome.text,
             "info" if outcome.state == "stopped" else "bad",
-            picture=session.shown.file if session.shown else None,
+            picture=shown.picture if shown else None,
+            film=shown.film if shown else None,
         )
         return
     session.keep(outcome.made)
+    if session.kept is not None and session.kept.recipe == outcome.made.recipe:
+        session.kept = None  # it is finished
     yield View(
         f"{outcome.text} Seed {outcome.made.recipe.seed}.",
         "good",
-        picture=outcome.made.file,
+        picture=outcome.made.picture,
         made=outcome.made,
+        film=outcome.made.film,
     )
 
 
@@ -191,6 +207,8 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         ValueError, TypeError: the recipe asks for what this page cannot do.
     """
     check_model(recipe.model, models)
+    if recipe.video is not None:
+        raise ValueError("The recipe makes a film; load it on the tab Long video.")
     if recipe.upscale is not None:
         raise ValueError("The recipe enlarges its picture; load it on the tab Upscale.")
     if len(recipe.attention) > 1:
@@ -203,9 +221,7 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     form["attention"] = STOCK
     for entry in recipe.attention:
         if entry["name"] not in PICTURE_METHODS:
-            raise ValueError(
-                f"The recipe's attention {entry['name']!r} is for videos; use the command line: reattend video."
-            )
+            raise ValueError(f"The recipe's attention {entry['name']!r} is for films; use the tab Long video.")
         name = form["attention"] = entry["name"]
         form |= {f"{name}.{s.name}": s.shown(entry[s.name]) for s in settings_of(ATTN_PROCESSORS[name])}
     return form
@@ -262,6 +278,8 @@ def whole(what: str, value: Any) -> int | None:
 def summary(recipe: Recipe) -> str:
     """A recipe's facts in one line."""
     size = f"{recipe.width} × {recipe.height}" if recipe.width and recipe.height else "model's own size"
+    if recipe.video is not None:
+        size += f", {recipe.video.frames} frames, {recipe.video.fps} a second"
     attention = attention_words(recipe.attention)
     if (growth := recipe.upscale) is not None:
         size += (

@@ -74,19 +74,26 @@ def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
     """
     import gradio as gr
 
+    from .film_job import film_models
+    from .tabs.film import film_tab
     from .tabs.image import image_tab
     from .tabs.upscale import upscale_tab
 
+    pictures, films = film_models(models)
+    pictures = pictures or list(models)  # which then say that they make none
+
     with gr.Blocks(title="Reattend", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
-            "# Reattend\nPictures from stock diffusers models, with the attention inside them exchanged.",
+            "# Reattend\nPictures and films from stock diffusers models, with the attention inside them exchanged.",
             elem_id="title",
         )
         with gr.Tabs():
             with gr.Tab("Image", id="image"):
-                image_tab(worker, models)
+                image_tab(worker, pictures)
             with gr.Tab("Upscale", id="upscale"):
-                upscale_tab(worker, models)
+                upscale_tab(worker, pictures)
+            with gr.Tab("Long video", id="film"):
+                film_tab(worker, films)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
 
 
@@ -112,6 +119,7 @@ def start(
     Raises:
         ValueError: one sentence on what cannot be done.
     """
+    from .film_job import FilmJob
     from .image_job import ImageJob
 
     check_access(host, share, password)
@@ -121,7 +129,9 @@ def start(
         raise ValueError("There is no bundled model in this installation; name a folder or hub id with --model.")
     with contextlib.ExitStack() as undo:
         undo.enter_context(own_temporary_folder())
-        worker = Worker(ImageJob(out))
+        pictures = ImageJob(out)
+        films = FilmJob(out, pictures.pipe)  # one model in memory at a time
+        worker = Worker(lambda recipe, *how: (films if recipe.video is not None else pictures)(recipe, *how))
         undo.callback(worker.close)
         blocks = build(worker, models)
         undo.callback(blocks.close, verbose=False)
