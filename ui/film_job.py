@@ -87,7 +87,7 @@ class FilmJob:
             found = latest(parts_folder(path))
             if found is None:
                 raise
-            raise Kept(_kept_text(found, show.written, recipe.video), recipe, show.playable()) from None
+            raise Kept(_kept_text(found, show.written, recipe.video, path.name), recipe, show.playable()) from None
         report(Progress("Making the contact sheet"))
         sheet = path.with_name(path.stem + SHEET_ENDING)
         save_sheet(path, recipe.video.frames, sheet)
@@ -104,14 +104,15 @@ class FilmJob:
         return None
 
 
-def _kept_text(found: Checkpoint, written: int, video: Video) -> str:
+def _kept_text(found: Checkpoint, written: int, video: Video, name: str) -> str:
+    later = f"or later run reattend video --resume on {name}."
     steps = found.manifest["recipe"]["steps"]
     if written:
         return (
             f"Stopped after {written} of {video.frames} frames were written; so much of the film plays. "
-            "Press Go on to write the rest."
+            f"Press Go on to write the rest, {later}"
         )
-    return f"Stopped after step {found.step} of {steps}, which is kept. Press Go on to finish the film."
+    return f"Stopped after step {found.step} of {steps}, which is kept. Press Go on to finish the film, {later}"
 
 
 class _Show:
