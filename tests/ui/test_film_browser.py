@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from reattend.pipelines.recipe import Recipe
 from reattend.ui.film_job import NO_MODEL
 from reattend.ui.jobs import Worker
 from reattend.ui.page import build, start
+from reattend.ui.tabs.parts import copy_of
 
 pytestmark = pytest.mark.browser
 
@@ -134,6 +136,13 @@ def test_the_sheet_fills_while_the_film_is_written_and_stop_keeps_a_film_that_pl
     plays(tab)
     assert frame_count(films.out / "a-cat-6.mp4") == 7
     expect(tab.locator("#film-go-on")).to_be_hidden()
+
+
+def test_a_look_at_a_growing_film_may_come_too_late(tmp_path):
+    player, growing = SimpleNamespace(GRADIO_CACHE=str(tmp_path / "cache")), tmp_path / "cat.partial.mp4"
+    assert copy_of(growing, player) is None  # it is whole by now, under its own name
+    growing.write_bytes(b"a film")
+    assert Path(copy_of(growing, player)).read_bytes() == b"a film"
 
 
 def test_without_a_model_for_films_the_tab_says_so(sd_folder):
