@@ -15,17 +15,18 @@ Until then the hidden states half-way through the transformer also learn to tell
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..pipelines.files import written_whole
 from . import captions
 from .layout import LayoutHead
 from .training import Batch, Trainer, TrainingConfig, start_processes
@@ -107,12 +108,14 @@ class FluxTrainer(Trainer):
     def frozen_teacher(self) -> dict[str, nn.Module]:
         """The averaged weights at the beginning of the guided steps, kept in a file so that a resumed run has them."""
         file = self.config.out / "teacher.pt"
-        teacher = {name: copy.deepcopy(part) for name, part in self.averaged().items()}
-        if file.exists():
-            for name, state in torch.load(file, weights_only=True).items():
-                teacher[name].load_state_dict(state)
-        elif self.rank == 0:
-            torch.save({name: part.state_dict() for name, part in teacher.items()}, file)
+        teacher = self.averaged()
+        if self.rank == 0 and not file.exists():
+            with written_whole(file) as (aside,):
+                torch.save({name: part.state_dict() for name, part in teacher.items()}, aside)
+        if dist.is_initialized():
+            dist.barrier()  # the first process writes, all read
+        for name, state in torch.load(file, weights_only=True).items():
+            teacher[name].load_state_dict(state)
         return {name: part.float().requires_grad_(False) for name, part in teacher.items()}
 
     def velocity(
