@@ -8,7 +8,6 @@ panel can be made again, or added, and all others keep their pixels.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -383,7 +382,7 @@ def _filled_in(script: Script, pipe: Any) -> Script:
         replace(
             panel,
             seed=_seed(recipe.seed, 1, i) if panel.seed is None else panel.seed,
-            places=_present(script, panel) if panel.places is None else dict(panel.places),
+            places=script.present(panel),
         )
         for i, panel in enumerate(script.panels)
     )
@@ -391,15 +390,6 @@ def _filled_in(script: Script, pipe: Any) -> Script:
         script, subjects=subjects, panels=panels, seed=recipe.seed, model=recipe.model, guidance=recipe.guidance,
         dtype=recipe.dtype, width=script.width or own, height=script.height or own, made_with=recipe.made_with,
     )  # fmt: skip
-
-
-def _present(script: Script, panel: Panel) -> dict[str, Any]:
-    """The subjects whose phrase is in the caption, to be found by it."""
-    return {
-        subject.name: None
-        for subject in script.subjects
-        if re.search(rf"(?<!\w){re.escape(subject.phrase)}(?!\w)", panel.prompt, re.IGNORECASE)
-    }
 
 
 def _seed(seed: int, kind: int, number: int) -> int:

@@ -6,9 +6,10 @@ thread; `make_image` is what happens after Generate: it yields one `View` after 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +35,18 @@ UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows at one moment. `picture` is a file or a preview; None leaves the one that is there."""
+    """What the page shows at one moment. `picture` is a file or a preview; None leaves the one that is there.
+
+    `over` tells that a run has ended, `made` what it made.
+    """
 
     message: str
     tone: Literal["info", "good", "bad"] = "info"
     busy: bool = False
     fraction: float | None = None
     picture: Path | Image.Image | None = None
-    made: Made | None = None
+    made: Any = None
+    over: bool = False
 
 
 class Previewer:
@@ -73,7 +78,7 @@ class ImageJob:
 
     def __call__(self, recipe: Recipe, token: CancelToken, report: Callable[[Progress], None]) -> Made:
         start = time.monotonic()
-        pipe = self._pipe(recipe.model, recipe.dtype, report)
+        pipe = self.pipe(recipe.model, recipe.dtype, report)
         token.check()
         show = Previewer(pipe)
 
@@ -89,11 +94,15 @@ class ImageJob:
         *smaller, (file, recipe_file) = picture.save(path)
         return Made(file, recipe_file, picture.recipe, time.monotonic() - start, tuple(file for file, _ in smaller))
 
-    def _pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
-        if self._loaded is None or self._loaded[0] != (model, dtype):
-            report(Progress(f"Loading the model {model}"))
-            self._loaded = None  # frees the last one first: two large models may not fit
-            self._loaded = ((model, dtype), load(model, dtype=dtype))
+    def pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
+        """The loaded pipeline, that of the last picture if it is the same."""
+        if self._loaded is not None:
+            (name, asked), pipe = self._loaded
+            if name == model and dtype in (asked, str(pipe.dtype).removeprefix("torch.")):
+                return pipe
+        report(Progress(f"Loading the model {model}"))
+        self._loaded = None  # frees the last one first: two large models may not fit
+        self._loaded = ((model, dtype), load(model, dtype=dtype))
         return self._loaded[1]
 
 
@@ -107,8 +116,23 @@ def make_image(
 
     `read` reads the form of another tab; None is `read_form`.
     """
+    with contextlib.closing(followed(session, lambda: (read or read_form)(form, models))) as views:
+        for view in views:
+            if view.made is not None:
+                yield replace(view, message=f"{view.message} Seed {view.made.recipe.seed}.", picture=view.made.file)
+            elif view.over and session.shown:
+                yield replace(view, picture=session.shown.file)  # in place of the preview
+            else:
+                yield view
+
+
+def followed(session: Session, order: Callable[[], Any]) -> Iterator[View]:
+    """Submit an order and yield views until its run has ended. Closing the iterator stops it.
+
+    order: makes it; what it raises is told, and nothing is submitted.
+    """
     try:
-        run = session.start((read or read_form)(form, models))
+        run = session.start(order())
     except (ValueError, TypeError) as error:
         yield View(one_line(error), "bad", busy=session.busy)
         return
@@ -125,19 +149,10 @@ def make_image(
     outcome = run.outcome
     assert outcome is not None, "updates end with the outcome"
     if outcome.made is None:
-        yield View(
-            outcome.text,
-            "info" if outcome.state == "stopped" else "bad",
-            picture=session.shown.file if session.shown else None,
-        )
+        yield View(outcome.text, "info" if outcome.state == "stopped" else "bad", over=True)
         return
     session.keep(outcome.made)
-    yield View(
-        f"{outcome.text} Seed {outcome.made.recipe.seed}.",
-        "good",
-        picture=outcome.made.file,
-        made=outcome.made,
-    )
+    yield View(outcome.text, "good", made=outcome.made, over=True)
 
 
 def waiting_line(ahead: int) -> str:

@@ -32,6 +32,7 @@ CSS = """
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0.4rem; }
 .status-line, .status-line .html-container { padding: 0 !important; }
 .shown-picture img { width: 100%; height: 100%; object-fit: contain; }
+.clicked-picture img { cursor: crosshair; }
 .status-line .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;
@@ -65,16 +66,18 @@ class Page:
         self._undo.close()
 
 
-def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
+def build(worker: Worker, models: Sequence[str], out: Path) -> gr.Blocks:
     """The page without a server.
 
     Args:
         worker: does the work of all browser sessions, one after another.
         models: the models to offer; at least one.
+        out: the folder for what is saved.
     """
     import gradio as gr
 
     from .tabs.image import image_tab
+    from .tabs.story import story_tab
     from .tabs.upscale import upscale_tab
 
     with gr.Blocks(title="Reattend", analytics_enabled=False, fill_width=True) as blocks:
@@ -87,6 +90,8 @@ def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
                 image_tab(worker, models)
             with gr.Tab("Upscale", id="upscale"):
                 upscale_tab(worker, models)
+            with gr.Tab("Story", id="story"):
+                story_tab(worker, models, out)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
 
 
@@ -112,7 +117,10 @@ def start(
     Raises:
         ValueError: one sentence on what cannot be done.
     """
+    from ..pipelines.recipe import Recipe
     from .image_job import ImageJob
+    from .jobs import by_class
+    from .story_job import Order, StoryJob
 
     check_access(host, share, password)
     out = output_folder(out)
@@ -121,9 +129,10 @@ def start(
         raise ValueError("There is no bundled model in this installation; name a folder or hub id with --model.")
     with contextlib.ExitStack() as undo:
         undo.enter_context(own_temporary_folder())
-        worker = Worker(ImageJob(out))
+        pictures = ImageJob(out)
+        worker = Worker(by_class({Recipe: pictures, Order: StoryJob(out, pictures.pipe)}))
         undo.callback(worker.close)
-        blocks = build(worker, models)
+        blocks = build(worker, models, out)
         undo.callback(blocks.close, verbose=False)
         with _server_errors(host, port):
             _, url, share_url = blocks.launch(
