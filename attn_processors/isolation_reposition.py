@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from .attention_maps import Maps
+from .bank import Bank
 from .layer import LayoutError
 from .method import AttnMethod, LayerInfo
 from .ops.groups import Extra, grouped_attention
 from .ops.regions import MOST_SUBJECTS
 from .ops.reposition import sample
-from .subjects import Bank, Cast, Place, Reader
+from .subjects import Cast, Place, Reader
 from .text_mix import mixed
 
 if TYPE_CHECKING:

@@ -138,12 +138,15 @@ def followed(session: Session, order: Callable[[], Any]) -> Iterator[View]:
         return
     try:
         yield View("Starting", busy=True)
+        shown = None
         for progress, age in run.updates(UPDATE_EVERY):
             if progress is None:
                 yield View(waiting_line(session.worker.ahead(run)), busy=True)
                 continue
             line = "Stopping" if run.token.requested else progress.line(age)
-            yield View(line, busy=True, fraction=progress.fraction, picture=progress.preview)
+            new = progress.preview if progress.preview is not shown else None  # once: it may still be on its way
+            yield View(line, busy=True, fraction=progress.fraction, picture=new)
+            shown = progress.preview or shown
     finally:
         session.worker.stop(run)  # does nothing to a run that has ended
     outcome = run.outcome

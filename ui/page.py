@@ -33,6 +33,7 @@ CSS = """
 .status-line, .status-line .html-container { padding: 0 !important; }
 .shown-picture img { width: 100%; height: 100%; object-fit: contain; }
 .clicked-picture img { cursor: crosshair; }
+.shown-strips .thumbnail-item { aspect-ratio: 3 / 1 !important; height: auto !important; }
 .status-line .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;

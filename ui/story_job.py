@@ -248,7 +248,7 @@ def panel_picture(
             places[who] = as_place(who, read_place(who, where, None))
     image = overlay(made.panel(number), [places[name] for name in names if name in places], names)
     if corner is not None:
-        draw, (x, y), arm = ImageDraw.Draw(image), corner, image.width // 24
+        draw, (x, y), arm = ImageDraw.Draw(image), corner, image.width // 16
         for width, colour in ((7, "white"), (3, "black")):
             draw.line((x - arm, y, x + arm, y), fill=colour, width=width)
             draw.line((x, y - arm, x, y + arm), fill=colour, width=width)

@@ -12,7 +12,7 @@ import torch
 
 from reattend.attn_processors import IsolationRepositionAttnProcessor, LayoutError, Place, installed
 from reattend.attn_processors.attention_maps import Maps
-from reattend.attn_processors.subjects import Bank
+from reattend.attn_processors.bank import Bank
 
 CLOSE = 1e-5  # fp32, other orders of summation
 WORDS = (Place(subject="cat", words=(2,)), Place(subject="dog", words=(5, 6)))
@@ -98,7 +98,8 @@ def test_few_steps_get_masks_late_or_are_told(sd, monkeypatch):
         assert not method.cast(context).found
         for who in ("'cat' in reference 1", "'cat' in panel 1", "'dog' in panel 1"):
             assert f"not found: {who} (no mask was read" in str(handle.report())
-        assert method.cast(context).told(4)[1:] == [
+        method.cast(context).first_panel = 4
+        assert method.cast(context).told()[1:] == [
             f"not found: {name!r} in panel 5 (no mask was read from attention maps; more steps give one)"
             for name in ("cat", "dog")
         ]

@@ -71,9 +71,9 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     form: dict[str, Any] = {"kept": gr.State("")}
     press: dict[str, Any] = {}
     label = "Characters: who has to look the same in every panel"
-    form["characters"] = _table("characters", label, CHARACTERS, start["characters"], ["18%", "24%", "42%", "16%"])
+    form["characters"] = _table("characters", label, CHARACTERS, start["characters"], ["16%", "22%", "40%", "22%"])
     label = "Panels: one caption each, any number"
-    form["panels"] = _table("panels", label, PANELS, start["panels"], ["84%", "16%"])
+    form["panels"] = _table("panels", label, PANELS, start["panels"], ["78%", "22%"])
     with gr.Row():
         press["add_character"] = gr.Button("Add a character", size="sm", elem_id=f"{PREFIX}add-character")
         press["add_panel"] = gr.Button("Add a panel", size="sm", elem_id=f"{PREFIX}add-panel")

@@ -36,15 +36,17 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
         parts.status_html(View("Ready.")), padding=False, elem_id=f"{PREFIX}status", elem_classes="status-line"
     )
     with gr.Row(visible=False) as screen["made"]:
-        screen["strip"] = gr.DownloadButton("Download strip", size="md", elem_id=f"{PREFIX}save-strip")
-        screen["save"] = gr.DownloadButton("Download story", size="md", elem_id=f"{PREFIX}save-story")
-        screen["use_all"] = gr.Button("Use these settings", size="md", elem_id=f"{PREFIX}use-settings")
+        screen["strip"] = gr.DownloadButton("Download strip", size="sm", elem_id=f"{PREFIX}save-strip")
+        screen["save"] = gr.DownloadButton("Download story", size="sm", elem_id=f"{PREFIX}save-story")
+        screen["use_all"] = gr.Button("Use these settings", size="sm", elem_id=f"{PREFIX}use-settings")
     with gr.Column(visible=False) as screen["below"]:
         screen["over"] = gr.Checkbox(label="Show in the strip who is where", elem_id=f"{PREFIX}over", container=False)
+        gr.Markdown("The characters' own pictures")
         screen["own"] = gr.Gallery(
             label="The characters' own pictures",
+            show_label=False,
             columns=6,
-            height=150,
+            height=120,
             object_fit="contain",
             fit_columns=False,
             allow_preview=False,
@@ -55,8 +57,10 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
         )
         panel = _one_panel()
         screen["facts"] = gr.Textbox(label="Made with", interactive=False, elem_id=f"{PREFIX}facts", max_lines=8)
+    screen["earlier"] = gr.Markdown("Stories of this session, newest first", visible=False)
     screen["history"] = gr.Gallery(
-        label="Stories of this session, newest first",
+        label="Stories of this session",
+        show_label=False,
         columns=2,
         height=170,
         object_fit="contain",
@@ -66,6 +70,7 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
         type="filepath",
         visible=False,
         elem_id=f"{PREFIX}history",
+        elem_classes="shown-strips",
     )
     return screen, panel
 
@@ -149,6 +154,7 @@ def connect(
             ),
             screen["facts"]: gr.update(value=story_words(made)),
             screen["history"]: gr.update(value=strips, visible=len(strips) > 1),
+            screen["earlier"]: gr.update(visible=len(strips) > 1),
             panel["number"]: gr.update(choices=[(str(i + 1), i) for i in range(len(made.script.panels))], value=number),
             panel["who"]: gr.update(choices=people, value=who),
             panel["corner"]: None,
