@@ -138,7 +138,7 @@ def followed(session: Session, order: Callable[[], Any]) -> Iterator[View]:
         return
     try:
         yield View("Starting", busy=True)
-        shown = None
+        shown: Image.Image | None = None
         for progress, age in run.updates(UPDATE_EVERY):
             if progress is None:
                 yield View(waiting_line(session.worker.ahead(run)), busy=True)

@@ -194,11 +194,6 @@ def test_text_of_a_bank_equals_that_of_rows(sd):
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
-def test_text_mix_is_for_models_with_text_layers(flux):
-    with pytest.raises(ValueError, match="text_mix needs layers of text cross-attention, which FluxTransformer2DModel"):
-        installed(flux, MIXED).__enter__()
-
-
 def test_automatic_masks_need_a_panel_for_every_picture(unet):
     with installed(unet, replace(AUTO, references=(AUTO.references[0],) * 2)), pytest.raises(LayoutError, match="rows"):
         tiny.denoise(unet, batch=4)
