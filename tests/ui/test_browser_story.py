@@ -48,7 +48,7 @@ def write(page: Page, table: str, row: int, column: int, text: str) -> None:
     field = page.locator(f"#story-{table} textarea")
     field.fill(text)
     field.press("Enter")
-    expect(cell(page, table, row, column)).to_have_text(text)
+    expect(cell(page, table, row, column)).to_contain_text(text)
 
 
 def press(page: Page, button: str) -> None:
@@ -105,7 +105,7 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
     click_in_panel(tab, 0.25, 0.5)
     expect(tab.locator("#story-hint")).to_contain_text("opposite corner of Flora")
     click_in_panel(tab, 0.75, 0.9)
-    expect(cell(tab, "places", 0, 1)).to_have_text("Flora")
+    expect(cell(tab, "places", 0, 1)).to_contain_text("Flora")
     press(tab, "again")
     keep_screenshot(tab, "story")
     second = panels_of(downloaded(tab, "save-strip", tmp_path / "second.png"), 4)
@@ -120,7 +120,7 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
         tab.locator("#story-load").click()
     chooser.value.set_files(tmp_path / "second.json")
     expect(status(tab)).to_contain_text("Story loaded")
-    expect(cell(tab, "panels", 3, 0)).to_have_text("a house on sea")
+    expect(cell(tab, "panels", 3, 0)).to_contain_text("a house on sea")
     press(tab, "generate")
     assert panels_of(downloaded(tab, "save-strip", tmp_path / "third.png"), 4) == second
 
