@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ def make_image(
                 yield view
 
 
-def followed(session: Session, order: Callable[[], Any]) -> Iterator[View]:
+def followed(session: Session, order: Callable[[], Any]) -> Generator[View, None, None]:
     """Submit an order and yield views until its run has ended. Closing the iterator stops it.
 
     order: makes it; what it raises is told, and nothing is submitted.

@@ -143,6 +143,7 @@ def places_in(table: Table) -> dict[tuple[str, str], str]:
     places: dict[tuple[str, str], str] = {}
     for panel, who, where in _rows(table, len(PLACES)):
         panel = panel.lower().removeprefix("panel").strip()
+        panel = str(int(panel)) if panel.isdecimal() else panel
         if not panel or not who:
             raise ValueError("A row of the places says no panel or not who; fill in both, or empty the row.")
         if (panel, who) in places:
@@ -185,12 +186,12 @@ def _panel(row: int, caption: str, seed: str) -> Panel:
 def _placed(script: Script, places: Mapping[tuple[str, str], str], old: Script | None) -> Script:
     """The story with everybody where the table of places says."""
     names = [one.name for one in script.subjects]
-    for panel, who in places:
+    for place, who in places:
         if who not in names:
             raise ValueError(f"The places name {who!r}, who is no character; there are {', '.join(names)}.")
-        if panel != OWN and not (panel.isdecimal() and 1 <= int(panel) <= len(script.panels)):
+        if place != OWN and not (place.isdecimal() and 1 <= int(place) <= len(script.panels)):
             raise ValueError(
-                f"The places name the panel {panel!r}; there are panels 1 to {len(script.panels)}, and {OWN!r} for "
+                f"The places name the panel {place!r}; there are panels 1 to {len(script.panels)}, and {OWN!r} for "
                 "the character's own picture."
             )
     panels = []

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -128,8 +129,8 @@ class Bench:
             method = self.method(arm)
             with nullcontext() if method is None else installed(self.unet, method):
                 step = self.step(case, arm)
-                measured(lambda step=step: step(800.0), self.device)  # finds who is where, once for all steps
-                result = measured(lambda step=step: step(600.0), self.device)
+                measured(partial(step, 800.0), self.device)  # finds who is where, once for all steps
+                result = measured(partial(step, 600.0), self.device)
             case.runs.setdefault(arm, []).append(result)
         case.round_seconds = time.monotonic() - start
 

@@ -127,7 +127,7 @@ def test_places_are_read_as_people_write_them():
     rows = [
         ["Panel 1", "Flora", "(0.1 0.2; 0.5, 1)"],
         ["own", "Hill", "0,0,1,.5"],
-        ["2", "Hill", "Not here"],
+        ["02", "Hill", "Not here"],
         ["3", "Hill", ""],
     ]
     script = read_story_form(story_form(places=rows), [MODEL])
