@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def story_tab(worker: Worker, models: Sequence[str], out: Path) -> None:
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The left column: form fields by name, and buttons."""
-    start = fill_story_form(Script(subjects=START.subjects, panels=START.panels, model=models[0]), models)
+    start = fill_story_form(replace(START, model=models[0]), models)
     form: dict[str, Any] = {"kept": gr.State("")}
     press: dict[str, Any] = {}
     label = "Characters: who has to look the same in every panel"
