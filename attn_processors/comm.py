@@ -3,11 +3,16 @@
 A plane of rows (of a token grid; of frames) is split into consecutive parts, one per rank. `collect` gives a rank the rows it
 wants from whoever owns them: a few from its neighbours for a halo, or all of them. One rank needs nobody, and nothing is
 sent. Messages go point to point, so when one fails the error names the rank it was for. Only torch is needed.
+
+Where all ranks want all rows, an owner that told everybody would send its rows once per rank. So ranks pass on what they
+were given: in each of log2(ranks) rounds, a rank gives all it has to one other rank and gets as much from another (Bruck et
+al., Efficient algorithms for all-to-all communications, 1997). Then nobody sends much more than the rows there are, however
+many ranks want them. Rows are only moved, so the result is the same to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Comm", "RankLost", "Span", "rows_sent", "split_rows"]
+__all__ = ["Comm", "RankLost", "Span", "rounds", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
 TROUBLE = "reattend/trouble"  # key in the store of the process group
@@ -42,8 +47,23 @@ def split_rows(rows: int, ranks: int, multiple: int = 1) -> list[Span]:
 
 def rows_sent(rank: int, parts: Sequence[Span], wanted: Sequence[Span]) -> int:
     """How many rows `collect` makes a rank send, all others together."""
+    if _all_for_all(parts, wanted):
+        lengths = [end - first for first, end in parts]
+        size = len(parts)
+        return sum(lengths[(rank + i) % size] for _, _, count in rounds(rank, size) for i in range(count))
     overlaps = [_overlap(parts[rank], span) for other, span in enumerate(wanted) if other != rank]
     return sum(max(0, high - low) for low, high in overlaps)
+
+
+def rounds(rank: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """How all ranks come to have the parts of all: (to, from, parts passed on) in each round of one rank.
+
+    Before a round a rank has the parts of `near` ranks, its own and those that follow; it passes on the first of them.
+    """
+    near = 1
+    while near < size:
+        yield (rank - near) % size, (rank + near) % size, min(near, size - near)
+        near *= 2
 
 
 @dataclass(eq=False)
@@ -87,6 +107,8 @@ class Comm:
         first, end = parts[self.rank]
         if own.shape[dim] != end - first:
             raise ValueError(f"rank {self.rank} owns rows {first} to {end}, got {own.shape[dim]} of them.")
+        if _all_for_all(parts, wanted):
+            return self._all(own, parts, dim)
         messages: list[tuple[str, int, Tensor]] = []
         pieces: list[Tensor] = []
         for other in range(self.size):
@@ -111,6 +133,21 @@ class Comm:
         spans = [(rank, rank + 1) for rank in range(self.size)]
         whole = self.collect(own.unsqueeze(0), spans, [(0, self.size)] * self.size, dim=0)
         return list(whole.unbind(0))
+
+    def _all(self, own: Tensor, parts: Sequence[Span], dim: int) -> Tensor:
+        """The rows of all ranks."""
+        have = [own]  # the parts of this rank and of those that follow it, the first after the last
+        for to, source, count in rounds(self.rank, self.size):
+            given = have[0] if count == 1 else torch.cat(have[:count], dim=dim)
+            owners = [parts[(source + i) % self.size] for i in range(count)]
+            lengths = [end - first for first, end in owners]
+            got = own.new_empty([*own.shape[:dim], sum(lengths), *own.shape[dim + 1 :]])
+            messages = [("to", to, given.contiguous()), ("from", source, got)]
+            self._exchange([message for message in messages if message[2].shape[dim]])
+            have += got.split(lengths, dim=dim)
+        if self.size == 1:
+            return own
+        return torch.cat([have[(other - self.rank) % self.size] for other in range(self.size)], dim=dim)
 
     def _exchange(self, messages: list[tuple[str, int, Tensor]]) -> None:
         if not messages:
@@ -155,6 +192,12 @@ class Comm:
             return store.compare_set(TROUBLE, "", trouble).decode()
         except (RuntimeError, ValueError):  # the host of the store is gone, too
             return None
+
+
+def _all_for_all(parts: Sequence[Span], wanted: Sequence[Span]) -> bool:
+    """Does every rank want the rows of all?"""
+    whole = (parts[0][0], parts[-1][1])
+    return all(span == whole for span in wanted)
 
 
 def _overlap(a: Span, b: Span) -> Span:

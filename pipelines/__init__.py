@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .filming import Film, long_video
     from .image import generate, preview
     from .picture import Picture
+    from .sheet import contact_sheet, film_sheet
     from .splitting import patches
     from .stories import story
     from .told import Story
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Film": ".filming",
     "Picture": ".picture",
+    "contact_sheet": ".sheet",
+    "film_sheet": ".sheet",
     "generate": ".image",
     "long_video": ".filming",
     "patches": ".splitting",
@@ -41,8 +44,8 @@ _HOME = {
 
 __all__ = [
     "CancelToken", "Cancelled", "Film", "ModelUnavailable", "Panel", "Picture", "Recipe", "Script", "StepEvent", "Story",
-    "Subject", "Upscale", "Video", "bundled", "generate", "load", "long_video", "patches", "pluggable", "preview", "story",
-    "upscale",
+    "Subject", "Upscale", "Video", "bundled", "contact_sheet", "film_sheet", "generate", "load", "long_video", "patches",
+    "pluggable", "preview", "story", "upscale",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,14 +88,23 @@ def save(folder: Path, moment: Moment, film: Clip, digest: str, recipe: str) -> 
         film: the ranks, which carry a message each, and their frames.
         digest: of recipe and model.
         recipe: as JSON.
+
+    Raises:
+        OSError: the disk is full; what was kept before stays.
     """
     tensors: dict[str, Tensor] = {"latents": _shard(moment.latents[0].transpose(0, 1))}
     history = {name: _without_tensors(value, name, tensors) for name, value in moment.history.items()}
     step = folder / f"step-{moment.step:06d}"
     name = "frames-{:07d}-{:07d}.safetensors"
     mine = step / name.format(*film.own)
-    with written_whole(mine) as (aside,):
-        save_file(tensors, aside)
+    try:
+        with written_whole(mine) as (aside,):
+            save_file(tensors, aside)
+    except SafetensorError as problem:
+        raise OSError(
+            f"cannot keep step {moment.step} of the film in {folder}: {problem}; make room and start again, which goes on "
+            "from the step kept before"
+        ) from problem
     film.comm.place = f"the checkpoint of step {moment.step}"
     sums = film.comm.everyones(torch.frombuffer(bytearray(_digest(mine)), dtype=torch.uint8))  # all have written
     if film.comm.rank == 0:

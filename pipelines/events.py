@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 __all__ = ["CancelToken", "Cancelled", "StepEvent"]
@@ -29,7 +30,8 @@ class StepEvent:
         stage: index of the stage, 0 unless a picture is made in several sizes; steps count over all of them.
         stages: stages in all; their sizes, so their time, grow from one to the next.
         seconds: time since the job began, in seconds.
-        eta: estimated time until the last step ends, in seconds.
+        eta: estimated time until the last step ends, in seconds; of a clip: until the last one is written.
+        frames: of a film that is being written: the clip's frames, uint8 of shape (f, H, W, 3), on the first rank.
     """
 
     step: int
@@ -41,6 +43,7 @@ class StepEvent:
     stages: int = 1
     seconds: float = 0.0
     eta: float | None = None
+    frames: np.ndarray | None = None
 
 
 class Cancelled(Exception):

@@ -2,12 +2,13 @@
 
 Frames go to FFmpeg (imageio-ffmpeg brings it along) as they come; nothing keeps them. The MP4 is written in fragments of a
 second or two beside its final name, and renamed when it is whole: a run that dies leaves `name.partial.mp4`, which plays up
-to the last fragment. The recipe is in the file's comment, and beside it as JSON.
+to the last fragment. The recipe is in the file's comment, and beside it as JSON. `frames_of` reads a film back.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
     from .recipe import Recipe
 
-__all__ = ["FilmFile", "check_film_path", "film_file", "partial", "read_comment", "require_ffmpeg"]
+__all__ = [
+    "FilmFile", "check_film_path", "film_file", "frame_count", "frames_of", "partial", "read_comment", "require_ffmpeg",
+]  # fmt: skip
 
 FRAGMENT = 2  # seconds
 SECONDS = 20  # to read a comment
+# Nobody knows where a film comes from: it is read as MP4 whatever it holds, and names no other files or addresses.
+AS_MP4 = ("-protocol_whitelist", "file", "-f", "mp4")
 
 
 def require_ffmpeg() -> Any:
@@ -59,6 +64,7 @@ class FilmFile:
 
     def __init__(self, path: Path, width: int, height: int, fps: int, comment: str):
         self.frames = 0
+        self._path = path
         self._shape = (height, width, 3)
         self._sink = require_ffmpeg().write_frames(
             str(path.absolute()),  # a name may look like an option or a protocol
@@ -77,12 +83,19 @@ class FilmFile:
         self._sink.send(None)
 
     def write(self, frame: np.ndarray) -> None:
-        """Add a frame: uint8, shape (H, W, 3)."""
+        """Add a frame: uint8, shape (H, W, 3). Raises OSError if FFmpeg takes no more, as when the disk is full."""
         import numpy as np
 
         if frame.shape != self._shape or frame.dtype != np.uint8:
             raise ValueError(f"a frame of this film is uint8 of shape {self._shape}, got {frame.dtype} {frame.shape}.")
-        self._sink.send(np.ascontiguousarray(frame))
+        try:
+            self._sink.send(np.ascontiguousarray(frame))
+        except (OSError, StopIteration) as problem:  # the latter if it is tried once more
+            raise OSError(
+                f"cannot write {self._path}: FFmpeg stopped after {self.frames} frames, mostly because the disk is full "
+                f"({shutil.disk_usage(self._path.parent).free // 2**20:,} MiB are free); make room and start again, which "
+                "goes on where it was; what was written until then plays"
+            ) from problem
         self.frames += 1
 
     def close(self) -> None:
@@ -111,25 +124,46 @@ def film_file(path: Path, width: int, height: int, recipe: Recipe) -> Iterator[F
         yield film
     finally:
         film.close()
-    found = _frames_in(unfinished)  # FFmpeg may have failed after it took all of them
+    found = frame_count(unfinished)  # FFmpeg may have failed after it took all of them
     if found != video.frames:
-        raise OSError(f"the film {path} has {found} of {video.frames} frames; look for what FFmpeg said")
+        raise OSError(
+            f"the film {path} has {found} of {video.frames} frames; look for what FFmpeg said, most often that the disk is "
+            "full"
+        )
     with written_whole(path.with_name(path.name + ".json")) as (aside,):
         aside.write_text(recipe.to_json() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def _frames_in(path: Path) -> int:
-    """Frames of an MP4 that can be played; 0 if none can."""
+def frame_count(path: Path) -> int:
+    """Frames of an MP4, counted without decoding them, so that nobody waits for long; 0 if it does not play."""
+    command = [require_ffmpeg().get_ffmpeg_exe(), *("-v", "error", "-nostats", "-progress", "-"), *AS_MP4]
+    command += ["-i", str(path.absolute()), *("-map", "0:v:0", "-c", "copy", "-f", "null", os.devnull)]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    counts = [line.partition(b"=")[2] for line in done.stdout.splitlines() if line.startswith(b"frame=")]
+    return int(counts[-1]) if counts and not done.returncode else 0
+
+
+def frames_of(path: Path, most: int | None = None) -> Iterator[np.ndarray]:
+    """The frames of a film one after another, at most so many: uint8, (H, W, 3). Raises ValueError if it does not play."""
+    import numpy as np
+
+    reader = require_ffmpeg().read_frames(str(path.absolute()), input_params=list(AS_MP4))
     try:
-        return require_ffmpeg().count_frames_and_secs(str(path.absolute()))[0]
-    except RuntimeError:
-        return 0
+        width, height = next(reader)["size"]
+    except (OSError, StopIteration) as error:
+        raise ValueError(f"{path} does not play: {' '.join(str(error).split())[:160]}; give an MP4") from None
+    for i, data in enumerate(reader):
+        if most is not None and i >= most:
+            break
+        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    reader.close()
 
 
 def read_comment(path: Path) -> str:
     """The comment of an MP4. Raises ValueError if it cannot be read or has none."""
-    command = [require_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path.absolute()), "-f", "ffmetadata", "-"]
+    command = [require_ffmpeg().get_ffmpeg_exe(), "-v", "error", *AS_MP4]
+    command += ["-i", str(path.absolute()), "-f", "ffmetadata", "-"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:

@@ -9,7 +9,6 @@ and decode at the end. A film that was stopped goes on where it was, also with a
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,22 +27,25 @@ from ..attn_processors.installer import patched, supported
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, kept_on_host, upcast_vae
+from .borrowing import Schedule, TextOfFrames, kept_on_host
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
-from .film import check_film_path, film_file, require_ffmpeg
+from .film import check_film_path, require_ffmpeg
 from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
 from .load import load
 from .noise import PerFrameStep, check_scheduler, frame_noise
 from .prompts import FramePrompts
 from .recipe import Recipe
 from .stream import CLIP, streamed
+from .writing import write_film
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Film", "long_video"]
 
 DUAL_SCOPE = "dual-scope"
-DECODED = 8  # frames decoded, sent and written at a time
 SAVE_EVERY = 300.0  # seconds between two checkpoints
 
 
@@ -174,8 +176,6 @@ class _Making:
         self.last: checkpoint.Moment | None = None  # after the newest step
         self.saved = 0  # step of the newest checkpoint
 
-    # -- denoising ----------------------------------------------------------------------------------------------------
-
     def denoise(self, clip: int, comm: Comm) -> tuple[Tensor, Clip]:
         """This rank's finished latents (1, C, f, H, W), and the frames of all ranks."""
         recipe, pipe, video = self.recipe, self.pipe, self.recipe.video
@@ -291,71 +291,21 @@ class _Making:
                 arguments["negative_pooled_prompt_embeds"] = first[3]
         return text, arguments
 
-    # -- decoding -----------------------------------------------------------------------------------------------------
-
     def write(self, latents: Tensor, film: Clip) -> None:
-        """Decode this rank's frames and write all of them, in order, on the first rank; then the checkpoints go.
-
-        All ranks go from chunk to chunk together, so none waits longer for another than a chunk takes.
-        """
-        comm, video = film.comm, self.recipe.video
-        assert video is not None and self.recipe.width is not None and self.recipe.height is not None
-        comm.place = "the file"
-        mine = _chunks((0, latents.shape[2]))
-        size = (self.recipe.width, self.recipe.height)
-        own = torch.empty(latents.shape[2] if comm.rank else 0, size[1], size[0], 3, dtype=torch.uint8)
-        sink = film_file(self.out, *size, self.recipe) if comm.rank == 0 else contextlib.nullcontext()
-        chunks = [(rank, low, high) for rank, part in enumerate(film.parts) for low, high in _chunks(part)]
-        with upcast_vae(self.pipe) as self.dtype, sink as file:
-            for number, (rank, low, high) in enumerate(chunks):
-                frames = None
-                if comm.rank and number < len(mine):  # its turn to be sent comes later: the first rank has a chunk, too
-                    own[slice(*mine[number])] = self._decoded(latents, *mine[number])
-                if rank == 0 and comm.rank == 0:
-                    frames = self._decoded(latents, low, high)
-                elif rank:
-                    frames = self._sent(own, film, rank, low, high)
-                if file is not None and frames is not None:
-                    for frame in frames.numpy():
-                        file.write(frame)
-                checkpoint.barrier(comm)
-                self._told_clip(number, chunks)
-        if comm.rank == 0:
+        """Decode all frames and write them on the first rank; then the checkpoints go."""
+        write_film(self.pipe, self.recipe, self.out, latents, film, self._told_clip)
+        if film.comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        checkpoint.barrier(comm)
+        checkpoint.barrier(film.comm)
 
-    def _told_clip(self, number: int, chunks: list[tuple[int, int, int]]) -> None:
-        if self.control.size == 1:
-            self.cancel.check()
+    def _told_clip(self, number: int, clips: int, left: float, frames: np.ndarray | None) -> None:
+        """A clip is in the file; a stop asked for by then leaves the file with it. left: seconds."""
         if self.on_step is not None:
             event = self.clock.event(max(1, self.steps - self.begin), max(1, self.steps - self.begin), None)
-            self.on_step(replace(event, step=self.steps, steps=self.steps, clip=number, clips=len(chunks), eta=None))
-
-    def _sent(self, own: Tensor, film: Clip, rank: int, low: int, high: int) -> Tensor | None:
-        """Decoded frames [low, high) of one rank, on the first."""
-        comm = film.comm
-        if comm.rank not in (0, rank):
-            return None
-        size = (self.recipe.height, self.recipe.width, 3)
-        none = torch.zeros((), dtype=torch.uint8).expand(film.own[1] - film.own[0], *size)  # no memory
-        mine = own if comm.rank == rank else none
-        wanted = [(low, high), *[(low, low)] * (comm.size - 1)]
-        got = comm.collect(mine, film.parts, wanted, dim=0)
-        return got if comm.rank == 0 else None
-
-    @torch.no_grad()
-    def _decoded(self, latents: Tensor, low: int, high: int) -> Tensor:
-        """Frames of this rank as bytes, (frames, H, W, 3)."""
-        vae = self.pipe.vae
-        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # if it is offloaded
-        part = latents[0, :, low:high].transpose(0, 1).to(device, self.dtype)
-        pictures = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
-        if not bool(pictures.isfinite().all()):
-            raise RuntimeError(
-                "the model computed no pictures: values are not numbers (NaN); float16 often overflows, use dtype float32 "
-                "or bfloat16"
-            )
-        return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            event = replace(event, step=self.steps, steps=self.steps, clip=number, clips=clips)
+            self.on_step(replace(event, eta=left, frames=frames))
+        if self.control.size == 1 and number + 1 < clips:
+            self.cancel.check()
 
 
 def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
@@ -368,12 +318,17 @@ def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> N
             + (f" (it takes {more[0]!r})" if more else "")
             + "; use an AnimateDiff pipeline such as AnimateDiffPipeline or AnimateDiffSDXLPipeline"
         )
+    if any(parameter.is_meta for parameter in pipe.unet.parameters()):
+        raise ValueError(
+            f"{name} moves its weights layer by layer (enable_sequential_cpu_offload), which films cannot follow; call "
+            "pipe.enable_model_cpu_offload() instead"
+        )
+    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
+        raise ValueError(
+            f"{name} carries an IP-Adapter, but a film is made from text alone; call pipe.unload_ip_adapter() first"
+        )
     if getattr(pipe, "free_init_enabled", False):
         raise ValueError(f"{name} runs FreeInit, which mixes all frames at once; call pipe.disable_free_init() first")
     if getattr(pipe, "free_noise_enabled", False):
         raise ValueError(f"{name} runs FreeNoise, another way to long films; call pipe.disable_free_noise() first")
     check_scheduler(pipe.scheduler, 4)
-
-
-def _chunks(span: Span) -> list[Span]:
-    return [(low, min(low + DECODED, span[1])) for low in range(span[0], span[1], DECODED)]

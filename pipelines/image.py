@@ -181,7 +181,8 @@ def preview(latents: torch.Tensor, pipe: Any, side: int = 256) -> Image.Image:
         small = torch.nn.functional.interpolate(latents[:1].float(), size, mode="area")
         small = small / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         decoded = vae.decode(small.to(vae.dtype), return_dict=False)[0]
-    return pipe.image_processor.postprocess(decoded.float().nan_to_num(), output_type="pil")[0]
+    processor = pipe.video_processor if hasattr(pipe, "video_processor") else pipe.image_processor
+    return processor.postprocess(decoded.float().nan_to_num(), output_type="pil")[0]
 
 
 class Clock:

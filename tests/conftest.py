@@ -53,6 +53,14 @@ def animatediff() -> Any:
 
 
 @pytest.fixture(scope="session")
+def animatediff_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny AnimateDiff pipeline as a diffusers folder; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-films"
+    tiny.animatediff().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion pipeline as a diffusers folder; read it, do not change it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"

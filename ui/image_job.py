@@ -35,7 +35,7 @@ UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows at one moment. `picture` is a file or a preview; None leaves the one that is there.
+    """What the page shows at one moment. `picture` is a file or a preview, `film` a file; None leaves what is there.
 
     `over` tells that a run has ended, `made` what it made.
     """
@@ -46,6 +46,7 @@ class View:
     fraction: float | None = None
     picture: Path | Image.Image | None = None
     made: Any = None
+    film: Path | None = None
     over: bool = False
 
 
@@ -119,9 +120,11 @@ def make_image(
     with contextlib.closing(followed(session, lambda: (read or read_form)(form, models))) as views:
         for view in views:
             if view.made is not None:
-                yield replace(view, message=f"{view.message} Seed {view.made.recipe.seed}.", picture=view.made.file)
+                made = view.made
+                line = f"{view.message} Seed {made.recipe.seed}."
+                yield replace(view, message=line, picture=made.picture, film=made.film)
             elif view.over and session.shown:
-                yield replace(view, picture=session.shown.file)  # in place of the preview
+                yield replace(view, picture=session.shown.picture, film=session.shown.film)  # in place of the preview
             else:
                 yield view
 
@@ -139,22 +142,30 @@ def followed(session: Session, order: Callable[[], Any]) -> Generator[View, None
     try:
         yield View("Starting", busy=True)
         shown: Image.Image | None = None
+        played: tuple[Path, int] | None = None
         for progress, age in run.updates(UPDATE_EVERY):
             if progress is None:
                 yield View(waiting_line(session.worker.ahead(run)), busy=True)
                 continue
             line = "Stopping" if run.token.requested else progress.line(age)
-            new = progress.preview if progress.preview is not shown else None  # once: it may still be on its way
-            yield View(line, busy=True, fraction=progress.fraction, picture=new)
-            shown = progress.preview or shown
+            picture = progress.preview if progress.preview is not shown else None  # once: it may still be on its way
+            film = progress.film if progress.film != played else None  # once: showing it starts it again
+            shown, played = progress.preview or shown, progress.film
+            yield View(line, busy=True, fraction=progress.fraction, picture=picture, film=film[0] if film else None)
     finally:
         session.worker.stop(run)  # does nothing to a run that has ended
     outcome = run.outcome
     assert outcome is not None, "updates end with the outcome"
+    if outcome.kept is not None:  # the last preview shows it
+        session.kept = outcome.kept
+        yield View(outcome.text, film=outcome.kept.film)
+        return
     if outcome.made is None:
         yield View(outcome.text, "info" if outcome.state == "stopped" else "bad", over=True)
         return
     session.keep(outcome.made)
+    if session.kept is not None and session.kept.recipe == outcome.made.recipe:
+        session.kept = None  # it is finished
     yield View(outcome.text, "good", made=outcome.made, over=True)
 
 
@@ -209,6 +220,8 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         ValueError, TypeError: the recipe asks for what this page cannot do.
     """
     check_model(recipe.model, models)
+    if recipe.video is not None:
+        raise ValueError("The recipe makes a film; load it on the tab Long video.")
     if recipe.upscale is not None:
         raise ValueError("The recipe enlarges its picture; load it on the tab Upscale.")
     if len(recipe.attention) > 1:
@@ -221,9 +234,7 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     form["attention"] = STOCK
     for entry in recipe.attention:
         if entry["name"] not in PICTURE_METHODS:
-            raise ValueError(
-                f"The recipe's attention {entry['name']!r} is for videos; use the command line: reattend video."
-            )
+            raise ValueError(f"The recipe's attention {entry['name']!r} is for films; use the tab Long video.")
         name = form["attention"] = entry["name"]
         form |= {f"{name}.{s.name}": s.shown(entry[s.name]) for s in settings_of(ATTN_PROCESSORS[name])}
     return form
@@ -280,6 +291,8 @@ def whole(what: str, value: Any) -> int | None:
 def summary(recipe: Recipe) -> str:
     """A recipe's facts in one line."""
     size = f"{recipe.width} × {recipe.height}" if recipe.width and recipe.height else "model's own size"
+    if recipe.video is not None:
+        size += f", {recipe.video.frames} frames, {recipe.video.fps} a second"
     attention = attention_words(recipe.attention)
     if (growth := recipe.upscale) is not None:
         size += (

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class Progress:
     """What a run is doing: a stage in words; while steps run also their number, seconds left and a small preview.
 
-    `part` says which of several parts the steps are in, such as "Size 2 of 3"; steps count over all parts.
+    `part` says which of several parts the steps are in, such as "Size 2 of 3"; steps count over all parts. `of` is what
+    is counted. `film` is a file that grows and can be played already, and how many frames of it.
     """
 
     stage: str
@@ -39,6 +40,8 @@ class Progress:
     seconds_left: float | None = None
     preview: Image.Image | None = None
     part: str | None = None
+    of: str = "step"
+    film: tuple[Path, int] | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -49,7 +52,7 @@ class Progress:
         """One line for the page; `age` is the time in seconds since this progress was reported."""
         if self.step is None or self.steps is None:
             return f"{self.stage}, {age:.0f} s" if age >= 1 else self.stage
-        line = f"{self.part}, step" if self.part else "Step"
+        line = f"{self.part}, {self.of}" if self.part else self.of.capitalize()
         line = f"{line} {self.step} of {self.steps}"
         if self.seconds_left is None:
             return line
@@ -68,9 +71,10 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Made:
-    """A finished picture: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
+    """A finished picture or film: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
 
-    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own.
+    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own. `sheet` is the picture that
+    stands for a film.
     """
 
     file: Path
@@ -78,22 +82,50 @@ class Made:
     recipe: Recipe
     seconds: float
     smaller: tuple[Path, ...] = ()
+    sheet: Path | None = None
+
+    @property
+    def picture(self) -> Path:
+        """What can be shown as a picture."""
+        return self.file if self.sheet is None else self.sheet
+
+    @property
+    def film(self) -> Path | None:
+        return None if self.sheet is None else self.file
 
     @property
     def where(self) -> str:
         """The file names in words."""
+        if self.sheet is not None:
+            return f"{self.file.name}, its contact sheet as {self.sheet.name}"
         if not self.smaller:
             return self.file.name
         return f"{self.file.name}, and smaller as {', '.join(file.name for file in self.smaller)}"
 
 
+class Kept(Cancelled):
+    """Raised by work that was stopped and keeps what it did.
+
+    Args:
+        text: one sentence for the person who stopped it.
+        recipe: goes on with it when it is submitted again.
+        film: the file that can be played so far.
+    """
+
+    def __init__(self, text: str, recipe: Recipe, film: Path | None = None) -> None:
+        super().__init__(text)
+        self.recipe = recipe
+        self.film = film
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, with one sentence for the person who asked for it."""
+    """How a run ended, with one sentence for the person who asked for it, and what it made or keeps to go on with."""
 
     state: Literal["done", "stopped", "failed"]
     text: str
     made: Any = None  # a Result
+    kept: Kept | None = None
 
 
 Work = Callable[[Any, CancelToken, Callable[[Progress], None]], Result]
@@ -128,7 +160,7 @@ class Run:
 
     def stopped_text(self) -> str:
         last = self._progress
-        where = f" at step {last.step} of {last.steps}" if last and last.step is not None else ""
+        where = f" at {last.of} {last.step} of {last.steps}" if last and last.step is not None else ""
         return f"Stopped{where}. Nothing was saved."
 
     def updates(self, every: float = 0.5) -> Iterator[tuple[Progress | None, float]]:
@@ -212,6 +244,8 @@ class Worker:
         try:
             run.token.check()
             made = self._work(run.order, run.token, run.report)
+        except Kept as stop:
+            return Outcome("stopped", str(stop), kept=stop)
         except Cancelled:
             return Outcome("stopped", run.stopped_text())
         except (ValueError, TypeError, OSError) as error:  # our own sentences about bad input
@@ -226,6 +260,8 @@ class Worker:
 class Session:
     """What one browser session knows: its current run, the result it looks at, and all it has made, newest first.
 
+    `kept` is what the last run left to go on with.
+
     Not a dataclass: Gradio would turn one into a dict.
     """
 
@@ -233,6 +269,7 @@ class Session:
         self.worker = worker
         self.run: Run | None = None
         self.shown: Any = None  # a Result of the tab's job
+        self.kept: Kept | None = None
         self.history: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:

@@ -14,7 +14,7 @@ import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..pipelines.load import bundled
 from .jobs import Worker
@@ -77,22 +77,29 @@ def build(worker: Worker, models: Sequence[str], out: Path) -> gr.Blocks:
     """
     import gradio as gr
 
+    from .film_job import film_models
+    from .tabs.film import film_tab
     from .tabs.image import image_tab
     from .tabs.story import story_tab
     from .tabs.upscale import upscale_tab
 
+    pictures, films = film_models(models)
+    pictures = pictures or list(models)  # which then say that they make none
+
     with gr.Blocks(title="Reattend", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
-            "# Reattend\nPictures from stock diffusers models, with the attention inside them exchanged.",
+            "# Reattend\nPictures and films from stock diffusers models, with the attention inside them exchanged.",
             elem_id="title",
         )
         with gr.Tabs():
             with gr.Tab("Image", id="image"):
-                image_tab(worker, models)
+                image_tab(worker, pictures)
             with gr.Tab("Upscale", id="upscale"):
-                upscale_tab(worker, models)
+                upscale_tab(worker, pictures)
             with gr.Tab("Story", id="story"):
-                story_tab(worker, models, out)
+                story_tab(worker, pictures, out)
+            with gr.Tab("Long video", id="film"):
+                film_tab(worker, films)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
 
 
@@ -119,6 +126,7 @@ def start(
         ValueError: one sentence on what cannot be done.
     """
     from ..pipelines.recipe import Recipe
+    from .film_job import FilmJob
     from .image_job import ImageJob
     from .jobs import by_class
     from .story_job import Order, StoryJob
@@ -131,7 +139,12 @@ def start(
     with contextlib.ExitStack() as undo:
         undo.enter_context(own_temporary_folder())
         pictures = ImageJob(out)
-        worker = Worker(by_class({Recipe: pictures, Order: StoryJob(out, pictures.pipe)}))
+        films = FilmJob(out, pictures.pipe)  # one model in memory at a time
+
+        def drawn(recipe: Recipe, *how: Any) -> Any:
+            return (films if recipe.video is not None else pictures)(recipe, *how)
+
+        worker = Worker(by_class({Recipe: drawn, Order: StoryJob(out, pictures.pipe)}))
         undo.callback(worker.close)
         blocks = build(worker, models, out)
         undo.callback(blocks.close, verbose=False)

@@ -70,6 +70,8 @@ class Video(Image):
     """Frames on the device at a time; less takes less memory. Changes nothing in the film."""
     out: Path = OUT
     """Folder, or name of an MP4 file."""
+    sheet: Annotated[Path | None, FILE, default("none")] = None
+    """PNG file for a contact sheet as well: frames from all over the film in a grid, each with its number."""
     resume: Annotated[Path | None, FILE, default("none")] = None
     """Name of a film that was not finished: go on with it, by the options it was begun with."""
     timeout: Annotated[float, NUMBER, default(f"{TIMEOUT.total_seconds():g}")] = TIMEOUT.total_seconds()
@@ -80,6 +82,7 @@ class Video(Image):
         from ..pipelines.events import Cancelled, CancelToken
         from ..pipelines.files import check_writable, free_path
         from ..pipelines.film import check_film_path
+        from ..pipelines.sheet import save_sheet
 
         recipe, out = self.unfinished() if self.resume is not None else (self.to_recipe(), self.out)
         named = out.suffix != ""
@@ -89,6 +92,10 @@ class Video(Image):
             if value <= 0:
                 raise ValueError(f"--{name} must be more than 0, got {value}")
         check_writable(out)
+        if self.sheet is not None:
+            if self.sheet.suffix.lower() != ".png":
+                raise ValueError(f"the contact sheet is written as PNG: got {str(self.sheet)!r}; end its name in .png")
+            check_writable(self.sheet)
         began, token = time.monotonic(), CancelToken()
         quiet_libraries()
         from ..pipelines import load, long_video
@@ -111,12 +118,17 @@ class Video(Image):
         if not ranks.speaks:
             return
         seconds = time.monotonic() - began
+        frames = film.recipe.video.frames if film.recipe.video else 0
+        if self.sheet is not None:
+            save_sheet(film.path, frames, self.sheet)
         if self.json:
             made = {"film": path, "recipe_file": f"{path}.json", "seconds": round(seconds, 3), "sent": film.sent}
+            made |= {} if self.sheet is None else {"sheet": str(self.sheet)}
             print(json_text.dumps({**made, "recipe": json_text.loads(film.recipe.to_json())}))
         else:
-            frames = film.recipe.video.frames if film.recipe.video else 0
             print(f"{path}  (seed {film.recipe.seed}, {frames} frames, {seconds:.1f} s)")
+            if self.sheet is not None:
+                print(f"{self.sheet}  (contact sheet)")
 
     def to_recipe(self) -> Recipe:
         """The recipe of `--recipe` or the default one, with the options that were given, and its length."""
@@ -134,7 +146,7 @@ class Video(Image):
         from ..pipelines.checkpoint import latest, parts_folder
 
         assert self.resume is not None
-        free = ("resume", "clip", "device", "timeout", "json")  # change nothing in the film
+        free = ("resume", "clip", "device", "timeout", "json", "sheet")  # change nothing in the film
         options = [option for option in fields(self) if option.name not in free]
         given = [option.name for option in options if getattr(self, option.name) != option.default]
         if given:

@@ -9,7 +9,7 @@ they moved on the way is told too: a film that stands still keeps its identity e
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,10 +17,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from ..pipelines.film import frames_of
 from .rates import Rate, rate
 from .read import Found, read
 
-__all__ = ["Identity", "frames_of", "identity"]
+__all__ = ["Identity", "identity", "judge"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ def identity(frames: Iterable[np.ndarray]) -> Identity:
     Raises:
         ValueError: for no frames.
     """
+    return judge(read(frame).sprites for frame in frames)
+
+
+def judge(readings: Iterable[Sequence[Found]]) -> Identity:
+    """`identity` of frames that were read before: what the reader found in each. Raises ValueError for no frames."""
     first: list[str] | None = None
     before: dict[str, tuple[float, float]] = {}
     right = asked = 0
     travelled = 0.0
-    for frame in frames:
-        sprites = read(frame).sprites
+    for sprites in readings:
         seen = sorted(_name(one) for one in sprites)
         if first is None:
             first = seen
@@ -66,22 +71,6 @@ def identity(frames: Iterable[np.ndarray]) -> Identity:
     if first is None:
         raise ValueError("there is no frame to look at; give a film that plays")
     return Identity(tuple(first), rate(right, asked), travelled / max(1, len(first)))
-
-
-def frames_of(path: Path, most: int | None = None) -> Iterator[np.ndarray]:
-    """The frames of a film one after another, at most so many. Raises ValueError if it does not play."""
-    from ..pipelines.film import require_ffmpeg
-
-    reader = require_ffmpeg().read_frames(str(path.absolute()))
-    try:
-        width, height = next(reader)["size"]
-    except (OSError, StopIteration) as error:
-        raise ValueError(f"{path} does not play: {' '.join(str(error).split())[:160]}; give an MP4") from None
-    for i, data in enumerate(reader):
-        if most is not None and i >= most:
-            break
-        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    reader.close()
 
 
 def _name(one: Found) -> str:

@@ -54,3 +54,5 @@ def test_the_prediction_has_the_sizes_of_the_full_model():
     # 191 MB per exchanged frame: 8 frames of a halo and 8 of 16 anchors go one way between two ranks.
     assert two["sent_mb_by_the_busiest"] == pytest.approx(16 * 191, rel=0.01)
     assert 0 < eight["efficiency"] < two["efficiency"] < 1
+    # What all share is passed on, so the busiest of many sends little more than one of a few.
+    assert video.predict(256)["sent_mb_by_the_busiest"] < 1.25 * eight["sent_mb_by_the_busiest"]

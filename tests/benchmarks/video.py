@@ -27,18 +27,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..attn_processors import install
-from ..attn_processors.comm import Comm, split_rows
+from ..attn_processors.comm import Comm, rounds, split_rows
 from ..attn_processors.ops.scopes import Clip
 from ..pipelines import load, stream
 from ..pipelines.files import written_whole
 from ..pipelines.stream import bytes_per_step, streamed
 from .measure import measured, surroundings
 
-__all__ = ["predict", "run", "table", "working_set"]
+__all__ = ["PEER", "free_noise", "predict", "run", "table", "working_set"]
 
 STEPS = 2
 LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (17,)
 PEER, PEER_LONGEST = "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
+CONTEXT, STRIDE = 16, 4  # frames of its windows, and from one window to the next
 RANKS_FRAMES, QUICK_RANKS_FRAMES = 64, 4
 GUIDED = 2  # rows of a call
 
@@ -46,6 +47,7 @@ GUIDED = 2  # rows of a call
 PREDICTED_RANKS = (2, 8, 16, 64, 256, 1024)
 FRAME_SECONDS = 0.0176  # of one frame and step on one GPU, an assumption for Stable Diffusion 1.5 at 512 x 512 in fp16
 FRAMES_PER_RANK = 24
+ATTENTIONS, NORMS, NEIGHBOURS = 42, 21, 2  # layers of the model, and ranks a rank has windows in common with
 INSIDE, ACROSS, MESSAGE_SECONDS, GPUS_PER_HOST = 250e9, 45e9, 10e-6, 8  # bytes per second in a host and between hosts
 
 
@@ -135,12 +137,19 @@ def ours(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
     return _row("ours", frames, run.seconds, run.peak_mib) | {"working_set_mib": found["bytes"] / 2**20}
 
 
-def peer(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
-    pipe.enable_free_noise(context_length=16, context_stride=4)
+@contextmanager
+def free_noise(pipe: Any) -> Iterator[None]:
+    """diffusers' FreeNoise inside an AnimateDiff pipeline, with the windows its authors use."""
+    pipe.enable_free_noise(context_length=CONTEXT, context_stride=STRIDE)
     try:
-        run = measured(lambda: call(pipe.unet, frames, device), device)
+        yield
     finally:
         pipe.disable_free_noise()
+
+
+def peer(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
+    with free_noise(pipe):
+        run = measured(lambda: call(pipe.unet, frames, device), device)
     return _row(PEER, frames, run.seconds, run.peak_mib)
 
 
@@ -203,9 +212,10 @@ def predict(ranks: int, frames_per_rank: int = FRAMES_PER_RANK) -> dict[str, Any
     model = _full_size()
     film = Clip(Comm(0, ranks), tuple(split_rows(ranks * frames_per_rank, ranks)))
     sent = max(bytes_per_step(model, film, (64, 64), GUIDED))
-    layers = 42 + 21  # attentions and norms
     speed = INSIDE if ranks <= GPUS_PER_HOST else ACROSS
-    waiting = sent / speed + layers * (ranks - 1) * MESSAGE_SECONDS * (ranks > 1)
+    together = len(list(rounds(0, ranks)))  # one after another, until all ranks have what all share
+    messages = ATTENTIONS * (NEIGHBOURS * (ranks > 1) + together) + NORMS * together
+    waiting = sent / speed + messages * MESSAGE_SECONDS
     computing = FRAME_SECONDS * frames_per_rank
     return {
         "ranks": ranks,

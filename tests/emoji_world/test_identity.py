@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from reattend.emoji_world import world
-from reattend.emoji_world.identity import frames_of, identity, main
+from reattend.emoji_world.identity import identity, main
 from reattend.emoji_world.train_video import moving
-from reattend.pipelines.film import film_file
+from reattend.pipelines.film import film_file, frames_of
 from reattend.pipelines.recipe import Recipe
 from reattend.pipelines.videos import Video
 

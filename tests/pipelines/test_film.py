@@ -14,8 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from reattend.emoji_world.identity import frames_of
-from reattend.pipelines.film import film_file, partial, require_ffmpeg
+from reattend.pipelines.film import film_file, frame_count, frames_of, partial, require_ffmpeg
 from reattend.pipelines.recipe import Recipe
 from reattend.pipelines.videos import Video
 
@@ -76,6 +75,51 @@ def test_odd_names_are_no_options_or_protocols(name, tmp_path, monkeypatch):
             film.write(frame(i))
     assert len(decoded(path.absolute())) == 3 and Recipe.read(path) == recipe(3)
     assert len(list(frames_of(path))) == 3
+
+
+def test_frames_are_counted_without_decoding_and_only_films_are_read(tmp_path):
+    path = tmp_path / "cat.mp4"
+    with film_file(path, 32, 24, recipe(11)) as film:
+        for i in range(11):
+            film.write(frame(i))
+    assert frame_count(path) == 11 == imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+    path.write_bytes(path.read_bytes()[:-300])  # cut off in the last fragment
+    assert frame_count(path) <= 11
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{path}\n#EXT-X-ENDLIST\n")
+    assert frame_count(playlist) == 0
+    with pytest.raises(ValueError, match="does not play"):
+        list(frames_of(playlist))
+    with pytest.raises(ValueError, match="holds no recipe"):
+        Recipe.read(playlist)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from test_film import film_file, recipe
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # FFmpeg inherits it and sees a write that fails
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+draw = np.random.default_rng(0)
+with film_file(Path(sys.argv[1]), 64, 64, recipe(2000)) as film:
+    for i in range(2000):
+        film.write(draw.integers(0, 255, (64, 64, 3), np.uint8))
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_a_film_that_plays(tmp_path):
+    path = tmp_path / "cat.mp4"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)],
+        timeout=120,
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(__file__),
+    )
+    assert done.returncode == 1 and not path.exists()
+    assert "FFmpeg stopped after" in done.stderr and "make room and start again" in done.stderr
+    assert 20 < frame_count(partial(path)) < 2000
 
 
 def test_without_ffmpeg_it_says_what_to_install(monkeypatch):

@@ -17,7 +17,7 @@ from lockstep import lockstep
 
 from reattend.attn_processors import install
 from reattend.attn_processors.comm import RankLost, split_rows
-from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video
+from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video, writing
 from reattend.pipelines import long_video as package_long_video
 from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.borrowing import Schedule
@@ -140,8 +140,7 @@ def test_an_offloaded_vae_and_a_resumed_film_are_computed_where_the_hooks_say():
             assert z.device.type == "cpu"
             return (torch.zeros(len(z), 3, 4, 4),)
 
-    making = SimpleNamespace(pipe=SimpleNamespace(vae=Vae()), dtype=torch.float32)
-    assert filming._Making._decoded(making, torch.zeros(1, 4, 3, 2, 2), 0, 2).shape == (2, 4, 4, 3)
+    assert writing.decoded(Vae(), torch.zeros(1, 4, 2, 2, 2), torch.float32).shape == (2, 4, 4, 3)
     scheduler = diffusers.DPMSolverMultistepScheduler()
     away = SimpleNamespace(scheduler=scheduler, prepare_latents=None, _execution_device=torch.device("meta"))
     history = {"model_outputs": [None, torch.ones(3, 4, 2, 2)], "lower_order_nums": 1}
@@ -179,15 +178,15 @@ def test_no_rank_runs_ahead_while_the_file_is_written(alone, tmp_path, monkeypat
     _, whole = alone
     at, ahead, plain = [0, 0], [], filming._Making._told_clip
 
-    def told(self, number, chunks):
+    def told(self, number, chunks, *more):
         if self.control.rank == 0:
             time.sleep(0.05)  # the first rank is slow
         at[self.control.rank] = number
         ahead.append(abs(at[0] - at[1]))
-        plain(self, number, chunks)
+        plain(self, number, chunks, *more)
 
     monkeypatch.setattr(filming._Making, "_told_clip", told)
-    monkeypatch.setattr(filming, "DECODED", 1)
+    monkeypatch.setattr(writing, "DECODED", 1)
     make_on_ranks(monkeypatch, 2, recipe(), tmp_path / "cat.mp4")
     assert len(ahead) == 2 * 7 and max(ahead) <= 1
     assert (tmp_path / "cat.mp4").read_bytes()[-2000:] == whole.read_bytes()[-2000:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import PATIENCE, choose, fill, keep_screenshot
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -19,11 +20,6 @@ from reattend.pipelines.recipe import Recipe
 from reattend.ui import image_job
 
 pytestmark = pytest.mark.browser
-
-PATIENCE = 90_000  # milliseconds; machines that run the suite may be busy with other things
-SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
-
-expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -40,16 +36,6 @@ def page(served: Any, page: Page) -> Page:
 
 def status(page: Page):
     return page.locator("#status [role=status]")
-
-
-def fill(page: Page, **fields: str) -> None:
-    for name, value in fields.items():
-        page.locator(f"#{name} textarea, #{name} input[type=number], #{name} input[type=text]").first.fill(value)
-
-
-def choose(page: Page, name: str, label: str) -> None:
-    page.locator(f"#{name} input").click()
-    page.get_by_role("option", name=label).click()
 
 
 def generate(page: Page, **fields: str) -> Recipe:
@@ -78,12 +64,6 @@ def picture(page: Page) -> bytes:
 
 def recipe_in(png: bytes) -> Recipe:
     return Recipe.from_json(Image.open(io.BytesIO(png)).text["reattend"])
-
-
-def keep_screenshot(page: Page, name: str) -> None:
-    """For people to look at; no test reads it."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
 def test_generate_shows_a_picture_with_its_recipe_and_a_seed_to_use_again(page, served):

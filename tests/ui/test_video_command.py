@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from reattend.pipelines import CancelToken, Recipe, Video
 from reattend.pipelines.checkpoint import latest, parts_folder
@@ -80,8 +81,11 @@ def alone(folder, tmp_path_factory) -> Path:
 def test_it_writes_a_film_with_its_recipe_and_makes_it_again(alone, tmp_path, capsys):
     made = Recipe.read(alone)
     assert made.video == Video(frames=6, fps=8, later=((3, "a blue car"),)) and made.seed == 3
-    assert main(["video", "--recipe", str(alone), "--out", str(tmp_path), "--json"]) == 0
+    sheet = ["--sheet", str(tmp_path / "sheet.png")]
+    assert main(["video", "--recipe", str(alone), "--out", str(tmp_path), *sheet, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    with Image.open(told["sheet"]) as sheet:
+        assert sheet.format == "PNG" and sheet.width > sheet.height > 150  # six frames in two rows
     assert Path(told["film"]).name == "a-red-cat-3.mp4" and told["recipe"]["video"]["fps"] == 8 and told["sent"] == 0
     assert np.array_equal(frames_of(Path(told["film"])), frames_of(alone))
 
@@ -104,6 +108,7 @@ def test_two_processes_make_the_film_of_one(alone, folder, tmp_path):
         (["a cat", "--frames", "0"], "frames is out of range"),
         (["a cat", "--then", "soon", "a car"], "--then cannot read 'soon a car'"),
         (["a cat", "--then", "70", "a car"], "need frames that grow, from 1 to 63"),
+        (["a cat", "--sheet", "sheet.jpg"], "the contact sheet is written as PNG: got 'sheet.jpg'"),
         (["a cat", "--clip", "0"], "--clip must be more than 0"),
         (["a cat", "--timeout", "-1"], "--timeout must be more than 0"),
         (["a cat", "--attention", "agent", "ratio=2"], "ratio must be in [0, 1)"),

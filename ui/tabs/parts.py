@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 from PIL import Image
 
 from ...pipelines.recipe import DTYPES, Recipe
@@ -38,25 +39,30 @@ class Form:
 
 
 def lay_out(
-    worker: Worker, prefix: str, controls: Callable[[], tuple[dict[str, Any], dict[str, Any]]], how: Form
+    worker: Worker,
+    prefix: str,
+    controls: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+    how: Form,
+    film: bool = False,
 ) -> None:
     """A tab with its form on the left and what comes of it on the right, connected.
 
     controls: draws the left column; gives form fields by name, and the group of settings of each attention.
+    film: what comes of it are films, which can be played, and gone on with after a stop.
     """
     session = gr.State(Session(worker), delete_callback=stop_run)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
             form, groups = controls()
         with gr.Column(scale=6, min_width=340):
-            screen = results(prefix)
+            screen = results(prefix, film)
     connect(session, form, groups, screen, how)
 
 
-def prompt_controls(form: dict[str, Any], prefix: str) -> None:
-    """Add the prompt and the two buttons."""
+def prompt_controls(form: dict[str, Any], prefix: str, what: str = "picture") -> None:
+    """Add the prompt and the two buttons; `what` is made."""
     form["prompt"] = gr.Textbox(
-        label="What the picture shows",
+        label=f"What the {what} shows",
         placeholder="a blue car and a cat on sand",
         lines=2,
         max_lines=6,
@@ -67,7 +73,7 @@ def prompt_controls(form: dict[str, Any], prefix: str) -> None:
         form["stop"] = gr.Button("Stop", variant="stop", elem_id=f"{prefix}stop", interactive=False, scale=1)
 
 
-def size_controls(form: dict[str, Any], prefix: str, of: str = "") -> None:
+def size_controls(form: dict[str, Any], prefix: str, of: str = "", what: str = "picture") -> None:
     """Add steps, seed, width and height; `of` says of which picture the size is, such as " of the first size"."""
     with gr.Group():
         with gr.Row():
@@ -83,7 +89,7 @@ def size_controls(form: dict[str, Any], prefix: str, of: str = "") -> None:
                 buttons=[],
             )
             form["seed"] = gr.Textbox(
-                label="Seed", placeholder="random", info="Same seed, same picture", elem_id=f"{prefix}seed", max_lines=1
+                label="Seed", placeholder="random", info=f"Same seed, same {what}", elem_id=f"{prefix}seed", max_lines=1
             )
         with gr.Row():
             form["width"] = gr.Textbox(
@@ -119,11 +125,11 @@ def more_controls(form: dict[str, Any], prefix: str, models: Sequence[str]) -> N
     )
 
 
-def load_control(form: dict[str, Any], prefix: str) -> None:
+def load_control(form: dict[str, Any], prefix: str, what: str = "picture", ending: str = ".png") -> None:
     """Add the button that fills the form from a file."""
     form["load"] = gr.UploadButton(
-        "Load a recipe (picture or .json)",
-        file_types=[".png", ".json"],
+        f"Load a recipe ({what} or .json)",
+        file_types=[ending, ".json"],
         type="filepath",
         size="md",
         elem_id=f"{prefix}load-recipe",
@@ -147,14 +153,14 @@ def attention_controls(form: dict[str, Any], prefix: str, info: str) -> dict[str
             first = [s for s in settings if s.name in FIRST.get(name, ())]
             others = [s for s in settings if s not in first]
             with gr.Column(visible=False, elem_id=f"{prefix}settings-{name}", elem_classes="settings") as groups[name]:
-                _settings(form, prefix, name, first)
+                setting_fields(form, prefix, name, first)
                 with gr.Accordion(f"More settings of {name} attention", open=not first, elem_id=f"{prefix}more-{name}"):
-                    _settings(form, prefix, name, others)
+                    setting_fields(form, prefix, name, others)
     return groups
 
 
-def _settings(form: dict[str, Any], prefix: str, method: str, settings: Sequence[Setting]) -> None:
-    """Two fields a row."""
+def setting_fields(form: dict[str, Any], prefix: str, method: str, settings: Sequence[Setting]) -> None:
+    """Add settings of an attention, two fields a row."""
     for i in range(0, len(settings), 2):
         with gr.Row():
             for setting in settings[i : i + 2]:
@@ -174,8 +180,11 @@ def _setting(setting: Setting, elem_id: str) -> Any:
     )
 
 
-def results(prefix: str) -> dict[str, Any]:
-    """The right column of a tab: picture, progress line, what can be done with the result, and earlier results."""
+def results(prefix: str, film: bool = False) -> dict[str, Any]:
+    """The right column of a tab: picture, progress line, what can be done with the result, and earlier results.
+
+    Of a film the picture is a contact sheet, with a player below.
+    """
     screen: dict[str, Any] = {}
     screen["picture"] = gr.Image(
         label="Picture",
@@ -191,6 +200,22 @@ def results(prefix: str) -> dict[str, Any]:
     screen["status"] = gr.HTML(
         status_html(View("Ready.")), padding=False, elem_id=f"{prefix}status", elem_classes="status-line"
     )
+    if film:
+        screen["film"] = gr.Video(
+            label="Film",
+            show_label=False,
+            interactive=False,
+            visible=False,
+            height=340,
+            loop=True,
+            buttons=[],
+            elem_id=f"{prefix}film",
+        )
+        with gr.Row():
+            screen["go_on"] = gr.Button("Go on", variant="primary", size="md", visible=False, elem_id=f"{prefix}go-on")
+            screen["save_film"] = gr.DownloadButton(
+                "Download film", size="md", interactive=False, elem_id=f"{prefix}save-film"
+            )
     screen["facts"] = gr.Textbox(
         label="Made with", interactive=False, visible=False, elem_id=f"{prefix}facts", max_lines=3
     )
@@ -203,7 +228,7 @@ def results(prefix: str) -> dict[str, Any]:
             "Download recipe", size="md", interactive=False, elem_id=f"{prefix}save-recipe"
         )
     screen["history"] = gr.Gallery(
-        label="Pictures of this session",
+        label=f"{'Films' if film else 'Pictures'} of this session",
         show_label=False,
         columns=6,
         height=190,
@@ -224,14 +249,36 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
     generate, stop, load = form.pop("generate"), form.pop("stop"), form.pop("load")
     names, fields = list(form), list(form.values())
 
+    film = "film" in screen
+
     def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
-        for view in make_image(session, dict(zip(names, values, strict=True)), how.models, how.read):
+        yield from shown(session, make_image(session, dict(zip(names, values, strict=True)), how.models, how.read))
+
+    def go_on(session: Session) -> Iterator[dict[Any, Any]]:
+        kept = session.kept
+        if kept is not None:
+            yield from shown(session, make_image(session, {}, how.models, lambda *_: kept.recipe))
+
+    def shown(session: Session, views: Iterator[View]) -> Iterator[dict[Any, Any]]:
+        begun = False
+        for view in views:
             updates = {generate: gr.update(interactive=not view.busy), stop: gr.update(interactive=view.busy)}
             updates[screen["status"]] = gr.update(value=status_html(view))
             if view.picture is not None:
                 updates[screen["picture"]] = shown_picture(view.picture)
+            if film:
+                updates[screen["go_on"]] = gr.update(visible=session.kept is not None and not view.busy)
+                if view.film is not None and view.busy:
+                    if (copied := copy_of(view.film, screen["film"])) is not None:
+                        updates[screen["film"]] = gr.update(value=copied, visible=True)
+                elif view.film is not None:
+                    updates[screen["film"]] = gr.update(value=str(view.film), visible=True)
+                    updates[screen["save_film"]] = gr.update(value=str(view.film), interactive=True)
+                elif view.busy and not begun:  # an earlier film is not this one
+                    updates[screen["film"]] = gr.update(value=None, visible=False)
+                begun = begun or view.busy
             if view.made is not None:
-                files = [str(made.file) for made in session.history]
+                files = [str(made.picture) for made in session.history]
                 updates |= {screen["history"]: gr.update(value=files, visible=True)} | about(view.made)
             yield updates
 
@@ -242,15 +289,17 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
             screen["use_seed"]: gr.update(interactive=True),
             screen["use_all"]: gr.update(interactive=True),
             screen["save"]: gr.update(value=str(made.recipe_file), interactive=True),
+            **({screen["save_film"]: gr.update(value=str(made.file), interactive=True)} if film else {}),
         }
 
     def show(session: Session, event: gr.SelectData) -> dict[Any, Any]:
         made = session.show(event.index)
         if made is None:
             return gr.skip()
-        return about(made) | (
-            {} if session.busy else {screen["picture"]: str(made.file)}
-        )  # leaves a running preview alone
+        if session.busy:  # leave a running preview alone
+            return about(made)
+        player = {screen["film"]: gr.update(value=str(made.film), visible=True)} if film else {}
+        return about(made) | {screen["picture"]: str(made.picture)} | player
 
     def fill(values: Mapping[str, Any]) -> dict[Any, Any]:
         return {form[name]: gr.update(value=value) for name, value in values.items()}
@@ -271,8 +320,13 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
     events: tuple[tuple[Any, ...], ...] = (
         # what happens, what it calls, from what, to what, and whether it waits in Gradio's queue
         ([generate.click, form["prompt"].submit], run, [session, *fields], [generate, stop, *screen.values()], True),
+        *([([screen["go_on"].click], go_on, [session], [generate, stop, *screen.values()], True)] if film else []),
         ([stop.click], stop_run, [session], [], False),
-        ([form["attention"].change], show_settings, [form["attention"]], list(groups.values()), False),
+        *(
+            [([form["attention"].change], show_settings, [form["attention"]], list(groups.values()), False)]
+            if groups
+            else []
+        ),
         ([load.upload], upload, [load], [screen["status"], *fields], True),
         ([screen["use_seed"].click], use_seed, [session], fields, False),
         ([screen["use_all"].click], use_all, [session], fields, False),
@@ -302,6 +356,14 @@ def on(
 def stop_run(session: Session) -> None:
     """Outside Gradio's queue, so that it waits for nothing."""
     session.stop()
+
+
+def copy_of(growing: Path, player: Any) -> str | None:
+    """A growing film as it is now; None if it is whole by now, and has another name."""
+    try:
+        return processing_utils.save_file_to_cache(growing, cache_dir=player.GRADIO_CACHE)
+    except FileNotFoundError:
+        return None
 
 
 def shown_picture(picture: Path | Image.Image) -> str | Image.Image:

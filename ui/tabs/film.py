@@ -1,0 +1,81 @@
+"""The tab for long videos: which components there are and where they stand; `film_job` is what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from ...pipelines.filming import DUAL_SCOPE
+from ...pipelines.videos import Video
+from ..film_job import NO_MODEL, SETTINGS, fill_film_form, read_film_form
+from ..jobs import Worker
+from . import parts
+
+PREFIX = "film-"
+USUAL = Video()
+FIRST = ("anchors", "window")  # what is shown at once; the others unfold
+
+
+def film_tab(worker: Worker, models: Sequence[str]) -> None:
+    """Lay out the tab inside the current `gr.Blocks` and connect it; without a model for films, say so.
+
+    Args:
+        worker: runs `FilmJob` for all sessions.
+        models: names or folders the page offers for films; the first is chosen.
+    """
+    if not models:
+        gr.Markdown(NO_MODEL, elem_id=f"{PREFIX}no-model")
+        return
+    form = parts.Form(read_film_form, fill_film_form, models)
+    parts.lay_out(worker, PREFIX, lambda: _controls(models), form, film=True)
+
+
+def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The left column: form fields by name; there is no choice of attention."""
+    form: dict[str, Any] = {}
+    parts.prompt_controls(form, PREFIX, "film")
+    with gr.Group():
+        with gr.Row():
+            form["frames"] = gr.Number(
+                value=USUAL.frames,
+                step=1,
+                precision=0,
+                label="Frames",
+                info="As many as you like",
+                elem_id=f"{PREFIX}frames",
+            )
+            form["fps"] = gr.Number(
+                value=USUAL.fps,
+                step=1,
+                precision=0,
+                label="Frames per second",
+                info="Changes the pace, not the frames",
+                elem_id=f"{PREFIX}fps",
+            )
+        form["later"] = gr.Textbox(
+            label="What it shows later",
+            placeholder="32: a blue car and a cat on snow",
+            info="One change a line: the frame it begins at, a colon, the new prompt",
+            lines=2,
+            max_lines=8,
+            elem_id=f"{PREFIX}later",
+        )
+        form["blend"] = gr.Number(
+            value=USUAL.blend,
+            step=1,
+            precision=0,
+            label="Frames a change takes",
+            info="0 changes at once (blend)",
+            elem_id=f"{PREFIX}blend",
+        )
+    parts.size_controls(form, PREFIX, what="film")
+    with gr.Group():
+        parts.setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name in FIRST])
+    with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
+        parts.more_controls(form, PREFIX, models)
+        with gr.Accordion(f"More settings of {DUAL_SCOPE} attention", open=False, elem_id=f"{PREFIX}more-{DUAL_SCOPE}"):
+            parts.setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name not in FIRST])
+    parts.load_control(form, PREFIX, "film", ".mp4")
+    return form, {}
