@@ -67,7 +67,7 @@ class Page:
         self._undo.close()
 
 
-def build(worker: Worker, models: Sequence[str], out: Path) -> gr.Blocks:
+def build(worker: Worker, models: Sequence[str], out: Path = Path("out")) -> gr.Blocks:
     """The page without a server.
 
     Args:
@@ -146,7 +146,7 @@ def start(
 
         worker = Worker(by_class({Recipe: drawn, Order: StoryJob(out, pictures.pipe)}))
         undo.callback(worker.close)
-        blocks = build(worker, models, out)
+        blocks = build(worker, models, out=out)
         undo.callback(blocks.close, verbose=False)
         with _server_errors(host, port):
             _, url, share_url = blocks.launch(
