@@ -135,9 +135,7 @@ class Maps:
                 background = next((place.words for place in self._row(row) if not place.subject), ())
                 words = [*self._words(row), background]
                 if any(one and max(one) >= layout.global_tokens for one in words):
-                    raise ValueError(
-                        f"words of {row[0]} {row[1] + 1} lie beyond the {layout.global_tokens} text tokens."
-                    )
+                    raise ValueError(f"words of {cast.called(*row)} lie beyond the {layout.global_tokens} text tokens.")
                 text = layout.globals_of(torch.arange(layout.tokens)[None])[0]
                 places = [text[list(one)] for one in words]
                 union = torch.cat(places).unique().to(k.device)

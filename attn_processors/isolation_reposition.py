@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from .attention_maps import Maps
+from .bank import Bank
 from .layer import LayoutError
 from .method import AttnMethod, LayerInfo
 from .ops.groups import Extra, grouped_attention
 from .ops.regions import MOST_SUBJECTS
 from .ops.reposition import sample
-from .subjects import Bank, Cast, Place, Reader
-from .text_mix import mixed
+from .subjects import Cast, Place, Reader
+from .text_mix import mixed, mixed_jointly
 
 if TYPE_CHECKING:
     from .context import Context
@@ -70,7 +71,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     overlap: Literal["smallest", "first", "largest", "shared"] = "smallest"  # whose a token is that several claim
     # guidance branches that see references; "cond": the one with the prompt alone, so that guidance strengthens them
     branches: Literal["both", "cond"] = "both"
-    text_mix: float = 0.0  # share, 0 to 1, of a reference's own prompt in what its subject reads; UNets only
+    text_mix: float = 0.0  # share, 0 to 1, of a reference's own prompt in what its subject reads
     warmup: float = 0.2  # share of the steps before masks are read from attention maps
     strict: bool = False  # True: a subject that is nowhere is an error, not a warning
     seed: int = 0  # of the tokens drawn for a strength below 1; the picture's own chance is not touched
@@ -198,9 +199,16 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             return []
         hooks = context.family.listen(context, Ear(self, context))
         if self.text_mix and not hooks:
-            raise ValueError(
-                f"text_mix needs layers of text cross-attention, which {type(context.model).__name__} has not; leave it 0."
-            )
+            if not any(info.role == "joint" for info, _ in context.family.layers(context.model)):
+                raise ValueError(
+                    f"text_mix needs layers that read text and that we reach, which {type(context.model).__name__} has "
+                    "not; leave it 0."
+                )
+            if self.source != "rows":
+                raise ValueError(
+                    "text_mix in joint layers reads the references' text in their own rows, and a bank keeps none; leave "
+                    "out the bank, or text_mix."
+                )
         return hooks
 
     def outlook(self, context: Context, layers: Sequence[LayerInfo]) -> str:
@@ -244,6 +252,12 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             extra = {s: [self._extra(call, cast, one, len(rows)) for one in several] for s, several in readers.items()}
             seen = None if valid is None else valid[rows]
             out[rows] = grouped_attention(q[rows], k[rows], v[rows], groups, extra, call.softmax, seen)
+            if self.text_mix and readers and call.text_places:
+                own = {
+                    s: [self._reference_rows(call, cast, one, len(rows)) for one in several]
+                    for s, several in readers.items()
+                }
+                out[rows] = mixed_jointly(call, rows, groups, extra, own, self.text_mix, out[rows])
         return out.flatten(2)
 
     def _plans(self, call: LayerCall, cast: Cast, number: int, phase: int, refer: bool) -> list[tuple]:
@@ -274,6 +288,11 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if each > 1:
             k, v = k.repeat_interleave(each, 0), v.repeat_interleave(each, 0)
         return Extra(k, v, reader.bias)
+
+    def _reference_rows(self, call: LayerCall, cast: Cast, reader: Reader, rows: int) -> list[int]:
+        """The rows of the call that hold a reference, for each of the rows of one panel."""
+        found = cast.rows("reference", reader.number, call.context, cast.reference_branches())
+        return [row for row in found for _ in range(rows // len(found))]
 
     def _record(self, call: LayerCall, cast: Cast) -> None:
         bank = cast.bank

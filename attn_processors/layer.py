@@ -78,6 +78,11 @@ class LayerCall:
         return self._layer.context
 
     @property
+    def text_places(self) -> range:
+        """Where text tokens are in the sequence; empty where text has layers of its own."""
+        return range(0)
+
+    @property
     def heads(self) -> int:
         return self._attn.heads
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .bank import Bank, Source
 from .ops.groups import Group, isolation_groups
 from .ops.regions import Box, box_tokens, clipped, mask_tokens, owners, tight_box, unpack_mask
 from .ops.reposition import area_ratio, rotary_places, sampling
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
 
-__all__ = ["Bank", "Cast", "Place", "Reader", "Source"]
+__all__ = ["Cast", "Place", "Reader"]
 
 Grid = tuple[int, int]
 
@@ -68,15 +69,6 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """One reference of one subject: its tokens in its own picture."""
-
-    number: int  # among the method's references
-    tokens: Tensor  # bool (h, w)
-    box: Box
-
-
-@dataclass(frozen=True, eq=False)
 class Reader:
     """What one subject of one panel takes from one reference, on one grid.
 
@@ -94,63 +86,6 @@ class Reader:
     bias: float
 
 
-@dataclass
-class Bank:
-    """Tokens of reference rows kept from an earlier run of the same steps, within a budget of bytes.
-
-    Attributes:
-        limit: most bytes it may hold; None = no limit.
-        every_layer, every_step: 2 keeps every second one; steps between reuse the one before.
-        branches: "both", or "cond" for the rows with the prompt alone.
-        held: bytes so far.
-        missing: times a layer found nothing and ran without references.
-    """
-
-    limit: int | None = None
-    every_layer: int = 1
-    every_step: int = 1
-    branches: str = "both"
-    held: int = 0
-    missing: int = 0
-    entries: dict[tuple, tuple[Tensor, Source]] = field(default_factory=dict)
-    texts: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by branch (from the last) and reference
-
-    def keeps(self, layer: int, step: int) -> bool:
-        """Whether tokens of this layer and step are for the bank."""
-        return layer % self.every_layer == 0 and step % self.every_step == 0
-
-    def moment(self, step: int) -> int:
-        """The step whose tokens are read in `step`."""
-        return step - step % self.every_step
-
-    def put(self, key: tuple, x: Tensor, source: Source) -> None:
-        """Keep the tokens of one reference, (n, C). Raises MemoryError over the budget."""
-        self._hold(x)
-        self.entries[key] = (x, source)
-
-    def put_text(self, key: tuple[int, int], text: Tensor) -> None:
-        """Keep the text of one reference, (T, C'). Raises MemoryError over the budget."""
-        self._hold(text)
-        self.texts[key] = text
-
-    def _hold(self, x: Tensor) -> None:
-        if self.limit is not None and self.held + x.nbytes > self.limit:
-            raise MemoryError(
-                f"the bank of references would hold {self.held + x.nbytes:,} bytes, {self.limit:,} are allowed; allow "
-                "more (max_bytes), use fewer steps or smaller pictures, or keep references as rows."
-            )
-        self.held += x.nbytes
-
-    def get(self, key: tuple) -> Tensor | None:
-        """Tokens on the whole grid of their picture, zeros where the subject is not, (1, h * w, C); None: not kept."""
-        if key not in self.entries:
-            return None
-        x, source = self.entries[key]
-        whole = x.new_zeros(1, source.tokens.numel(), x.shape[-1])
-        whole[0, source.tokens.flatten().to(x.device)] = x
-        return whole
-
-
 class Cast:
     """See the module docstring. One per installed method; `begin` is called for every call of the denoiser."""
 
@@ -159,6 +94,7 @@ class Cast:
         names = [place.subject for row in (*method.panels, method.references) for place in row if place.subject]
         self.subjects = list(dict.fromkeys(names))
         self.bank: Bank | None = None
+        self.first_panel = 0  # panels of the story before those of this call, counted in what people are told
         self.found: dict[tuple[str, int, str], Tensor] = {}  # ("panel" or "reference", row, subject) -> bool (h, w)
         self.absent: dict[tuple[str, int, str], str] = {}  # keys as in `found` -> why it was not
         self.branches, self.step, self.call, self.phase = 1, 0, 0, 0
@@ -226,7 +162,7 @@ class Cast:
 
     def missed(self, context: Context, kind: str, number: int, subject: str, why: str, last: bool = True) -> None:
         """Say that a subject was not found; `last`: it will not be looked for again."""
-        where = f"{subject!r} in {kind} {number + 1}"
+        where = f"{subject!r} in {self.called(kind, number)}"
         if self.method.strict and last:
             raise ValueError(f"{where} was not found: {why}; give a box or mask, or allow it with strict=False.")
         if (kind, number, subject) in self.absent:
@@ -236,8 +172,12 @@ class Cast:
         if not self.method.strict:
             context.warn_once((self.method.name, where), f"{where} was not found: {why}; {effect}.")
 
-    def told(self, first_panel: int = 0) -> list[str]:
-        """Who was not found, and what the bank holds; panels are counted from `first_panel` + 1."""
+    def called(self, kind: str, number: int) -> str:
+        """A panel or a reference as people know it."""
+        return f"{kind} {number + 1 + (self.first_panel if kind == 'panel' else 0)}"
+
+    def told(self) -> list[str]:
+        """Who was not found, and what the bank holds."""
         lost = dict(self.absent)
         for kind, number, place in self.all_places():
             if place.automatic and (kind, number, place.subject) not in self.found and self._moment is not None:
@@ -245,7 +185,7 @@ class Cast:
                     (kind, number, place.subject), "no mask was read from attention maps; more steps give one"
                 )
         lines = [
-            f"not found: {subject!r} in {kind} {number + 1 + (first_panel if kind == 'panel' else 0)} ({why})"
+            f"not found: {subject!r} in {self.called(kind, number)} ({why})"
             for (kind, number, subject), why in lost.items()
         ]
         if self.bank is not None:

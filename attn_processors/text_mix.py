@@ -1,25 +1,35 @@
-"""Every subject reads its own prompt: text cross-attention of UNets, mixed inside the subject's place.
+"""Every subject reads its own prompt: what its queries get from text, mixed inside the subject's place.
+
+In the text cross-attention of UNets:
 
     out = (1 - m) CA(q, text of the panel) + m CA(q, text of the subject's reference),    m = text_mix * strength
 
 for the queries of that subject (IR-Diffusion, arXiv 2411.19261, mixes with 0.9). The panel's caption need not repeat
-what a character looks like, and each description reaches its own character alone. Cross-attention works query by query,
-so only the subject's own tokens are computed a second time.
+what a character looks like, and each description reaches its own character alone. Attention works query by query, so
+only the subject's own tokens are computed a second time.
+
+In joint layers text and picture share one softmax, so the second answer is that of the same keys with the reference's
+text, as that layer has it in the reference's row, in place of the panel's. Only the queries that see references in a step
+get it, a share `strength` of the subject's; for these m = text_mix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .ops.groups import Extra, Group, grouped_attention
+
 if TYPE_CHECKING:
     from .context import Context
     from .isolation_reposition import IsolationRepositionAttnProcessor
+    from .layer import LayerCall
     from .subjects import Cast
 
-__all__ = ["mixed"]
+__all__ = ["mixed", "mixed_jointly"]
 
 
 def mixed(
@@ -89,3 +99,47 @@ def _keep(cast: Cast, context: Context, method: IsolationRepositionAttnProcessor
             key = (branch - cast.branches, number)
             if key not in cast.bank.texts:
                 cast.bank.put_text(key, text[cast.rows("reference", number, context, [branch])[0]].clone())
+
+
+def mixed_jointly(
+    call: LayerCall,
+    rows: list[int],
+    groups: Sequence[Group],
+    extra: Mapping[int, Sequence[Extra]],
+    own_rows: Mapping[int, Sequence[list[int]]],
+    share: float,
+    out: Tensor,
+) -> Tensor:
+    """The output of a joint layer for the rows of one panel, with every subject's own text mixed in.
+
+    Args:
+        rows: of the panel in the call, one for each guidance branch.
+        groups, extra: as `grouped_attention` had them.
+        own_rows: by subject, for each of its references the rows of the call that hold it, in the order of `rows`.
+        share: m.
+        out: what it returned, (len(rows), L, h, d).
+
+    Raises:
+        ValueError: the call hides padded text, whose places differ between rows.
+    """
+    if call.mask is not None:
+        raise ValueError(f"layer {call.name!r}: text_mix does not work where padded text is masked; leave it 0.")
+    q, k, v = call.q[rows], call.k[rows], call.v[rows]
+    text = slice(call.text_places.start, call.text_places.stop)
+    no_text = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
+    no_text[text] = False
+    result = out.clone()
+    for group in groups:
+        keys = no_text.nonzero().flatten() if group.keys is None else group.keys[no_text[group.keys]]
+        bare = Group(group.queries, keys, group.subjects)
+        answers = []
+        for subject in group.subjects:
+            several = []
+            for own in own_rows[subject]:
+                mine = Extra(call.k[own][:, text], call.v[own][:, text])
+                given = {**extra, subject: [*extra[subject], mine]}
+                several.append(grouped_attention(q, k, v, [bare], given, call.softmax)[:, group.queries])
+            answers.append(torch.stack(several).mean(0))
+        if answers:
+            result[:, group.queries] = torch.lerp(out[:, group.queries], torch.stack(answers).mean(0), share)
+    return result

@@ -105,7 +105,12 @@ def overlay(image: Image.Image, places: Sequence[Place], names: Sequence[str] = 
             corner = tuple(round(edge * side) for edge, side in zip(box, shown.size * 2, strict=True))  # type: ignore[assignment]
             draw.rectangle(corner, outline=colour, width=max(1, shown.width // 100))  # type: ignore[arg-type]
         if corner is not None:
-            draw.text((corner[0] + 2, corner[1] + 2), place.subject, fill=colour, font_size=max(9, shown.height // 14))
+            size = max(9, shown.height // 18)
+            pad = size // 4
+            at = (corner[0] + pad, corner[1])
+            _, _, right, bottom = draw.textbbox(at, place.subject, font_size=size)
+            draw.rectangle((*corner[:2], right + pad, bottom + pad), fill=colour)
+            draw.text(at, place.subject, fill="white", font_size=size)
     return shown
 
 

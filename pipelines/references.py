@@ -9,19 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..attn_processors.bank import Bank
 from ..attn_processors.isolation_reposition import IsolationRepositionAttnProcessor
 from ..attn_processors.method import LayerInfo
 from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, unpack_mask
-from ..attn_processors.subjects import Bank, Place
+from ..attn_processors.subjects import Place
 from .files import PICTURES
 
-__all__ = ["BankPlan", "Pinned", "opened", "plan_bank", "step_numbers"]
+if TYPE_CHECKING:
+    from ..attn_processors.context import Context
+    from .script import Script
+
+__all__ = ["BankPlan", "Pinned", "opened", "plan_bank", "plan_for", "step_numbers"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,36 @@ def plan_bank(
         f"a bank of {len(method.references)} references needs {plan.bytes:,} bytes at least, {limit:,} are allowed; allow "
         "more, make fewer steps, draw smaller boxes around the references, or keep references as rows (leave bank out)."
     )
+
+
+def plan_for(pipe: Any, script: Script, recorder: IsolationRepositionAttnProcessor, context: Context) -> BankPlan:
+    """The plan of a filled-in story's bank; `recorder` is installed on the pipeline. Raises MemoryError as `plan_bank`."""
+    ours = [item for item in context.installations if item.method is recorder]
+    infos = [swap.info for item in ours for swap in item.swaps if recorder.reads(swap.info.name)]
+    text = 0
+    if recorder.text_mix * recorder.strength:
+        width = context.model.config.cross_attention_dim
+        text = pipe.tokenizer.model_max_length * (width if isinstance(width, int) else max(width))
+    guided = "Flux" not in type(pipe).__name__ and (script.guidance or 0) > 1
+    return plan_bank(
+        recorder, infos, _grids(pipe, script), steps=step_numbers(pipe.scheduler, script.steps),
+        branches=2 if guided else 1, item=torch.finfo(context.model.dtype).bits // 8, limit=script.bank, text=text,
+    )  # fmt: skip
+
+
+def _grids(pipe: Any, script: Script) -> list[tuple[int, int]]:
+    """(H, W) of every level of the denoiser at the story's size, finest first."""
+    assert script.width is not None and script.height is not None, "filled in"
+    height, width = script.height // pipe.vae_scale_factor, script.width // pipe.vae_scale_factor
+    if (unet := getattr(pipe, "unet", None)) is None:
+        patch = 2 if "Flux" in type(pipe).__name__ else pipe.transformer.config.patch_size
+        return [(height // patch, width // patch)]
+    grids = []
+    for _ in unet.down_blocks:
+        grids.append((height, width))
+        height, width = (height + 1) // 2, (width + 1) // 2
+    first = next(i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions"))
+    return grids[first:]  # levels count from the first with attention
 
 
 def step_numbers(scheduler: Any, steps: int) -> list[int]:

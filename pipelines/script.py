@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from .checks import check_number, check_text
 from .files import inside
 from .recipe import FILE_SIZE, PROMPT_LENGTH, SEED, Recipe
 
-__all__ = ["MOST_PANELS", "Panel", "Script", "Subject"]
+__all__ = ["MOST_PANELS", "OTHER_PICTURES", "Panel", "Script", "Subject"]
 
 FORMAT = "reattend story"
 VERSION = 1
 MOST_PANELS = 1000
 TOGETHER = (1, 64)
 BANK = (1, 2**50)  # bytes
+# Settings besides the seed with which a rehearsal makes other pictures, so that what it found before is no longer so.
+OTHER_PICTURES = ("model", "width", "height", "steps", "guidance", "dtype", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,13 @@ class Script:
         """The panels made in the same call as this one, counted from 0."""
         first = number // self.together * self.together
         return range(first, min(first + self.together, len(self.panels)))
+
+    def present(self, panel: Panel) -> dict[str, Any]:
+        """Where everybody in a panel is; if it does not say, those whose phrase is in the caption, to be found by it."""
+        if panel.places is not None:
+            return dict(panel.places)
+        words = {one.name: rf"(?<!\w){re.escape(one.phrase)}(?!\w)" for one in self.subjects}
+        return {name: None for name, phrase in words.items() if re.search(phrase, panel.prompt, re.IGNORECASE)}
 
     def with_panel(self, number: int, **changes: Any) -> Script:
         """The story with one panel changed, counted from 0. A new prompt says anew who is in it, if no place is given."""

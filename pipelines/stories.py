@@ -8,25 +8,24 @@ panel can be made again, or added, and all others keep their pixels.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..attn_processors import IsolationRepositionAttnProcessor, Place, install
+from ..attn_processors.bank import Bank
 from ..attn_processors.context import Context
 from ..attn_processors.ops.regions import Box, pack_mask
-from ..attn_processors.subjects import Bank
 from .events import CancelToken, StepEvent
-from .image import attention_of, filled_in, stock_rows
+from .image import attention_of, stock_rows
 from .load import load
-from .masks import as_place, text_tokens, words_of
-from .references import BankPlan, Pinned, opened, plan_bank, step_numbers
+from .masks import as_place
+from .placing import filled_in_story, panel_places, reference_place
+from .references import Pinned, opened, plan_for
 from .script import Panel, Script, Subject
 from .told import Story
 
@@ -75,7 +74,7 @@ def story(
         raise ValueError("no panel was asked for; name at least one")
     if pipe is None:
         pipe = load(script.model, dtype=script.dtype)
-    script = _filled_in(script, pipe)
+    script = filled_in_story(script, pipe)
     job = _Job(script, pipe, find, on_step, cancel)
     made = Story(script=script)
     groups = list(dict.fromkeys(script.group(number) for number in wanted))
@@ -112,7 +111,7 @@ class _Job:
     def check(self, groups: Sequence[range]) -> None:
         """Read every place and picture, and find the words of the panels to make, before any work. Raises as `story`."""
         for subject in self.script.subjects:
-            self._reference(subject)
+            reference_place(self.pipe, subject)
             if subject.picture is not None:
                 self.pictures[subject.name] = opened(subject.picture)
         for panel in self.script.panels:
@@ -121,13 +120,17 @@ class _Job:
                     as_place(name, where)
         if self.find is None:
             for number in (number for group in groups for number in group):
-                self._panel(number, Story(script=self.script))
+                panel_places(self.pipe, self.script, number)
 
     def make(self, group: range, made: Story) -> None:
         """The panels of one call, into `made`."""
         if self.find is not None:
             self._rehearse(group, made)
-        panels = [self._panel(number, made) for number in group]
+        panels = []
+        for number in group:
+            places, lost = panel_places(self.pipe, self.script, number)
+            panels.append(places)
+            made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
         subjects = [self.script.subject(name) for name in names]
         if not self.script.strength or self.settings.get("refer", ()) is None:
@@ -136,7 +139,7 @@ class _Job:
             {
                 **self.settings,
                 "panels": tuple(panels),
-                "references": tuple(self._reference(subject) for subject in subjects),
+                "references": tuple(reference_place(self.pipe, subject) for subject in subjects),
                 "source": "rows" if self.script.bank is None or not subjects else "bank",
             }
         )
@@ -151,11 +154,11 @@ class _Job:
         rows = subjects if method.source == "rows" else []
         prompts = [*(one.prompt for one in rows), *(self.script.panels[number].prompt for number in group)]
         seeds = [*(one.seed for one in rows), *(self.script.panels[number].seed for number in group)]
-        with self._inside(method, bank) as contexts:
+        with self._inside(method, bank, group.start) as contexts:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):
                 made.places[number] = self._found(method, contexts, number - group.start, panel)
-            made.report += [line for context in contexts for line in method.cast(context).told(group.start)]
+            made.report += [line for context in contexts for line in method.cast(context).told()]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
 
@@ -198,96 +201,26 @@ class _Job:
             )
         return [one if one is None else {"mask": one} if isinstance(one, str) else list(one) for one in where]
 
-    def _panel(self, number: int, made: Story) -> tuple[Place, ...]:
-        panel = self.script.panels[number]
-        assert panel.places is not None, "filled in"
-        places = []
-        for name, where in panel.places.items():
-            where = (panel.found or {}).get(name) if where is None else where
-            if where is not None:
-                places.append(as_place(name, where))
-                continue
-            if panel.found is not None:
-                made.report.append(f"not found: {name!r} in panel {number + 1} (nowhere in the rehearsal)")
-                continue
-            phrase = self.script.subject(name).phrase
-            same = [
-                other
-                for other, there in panel.places.items()
-                if other != name and there is None and self.script.subject(other).phrase.lower() == phrase.lower()
-            ]
-            if same:
-                raise ValueError(
-                    f"{name!r} and {same[0]!r} are both {phrase!r} in panel {number + 1}, which attention maps cannot "
-                    "tell apart; give boxes or masks"
-                )
-            places.append(Place(subject=name, words=words_of(self.pipe, panel.prompt, phrase)))
-        return (*places, *self._background(panel, places))
-
-    def _background(self, panel: Panel, places: Sequence[Place]) -> tuple[Place, ...]:
-        """For models whose text has no start token that takes the rest: all other words of the caption."""
-        taken = {word for place in places for word in place.words}
-        if not taken or "Flux" not in type(self.pipe).__name__:
-            return ()
-        others = tuple(word for word in range(text_tokens(self.pipe, panel.prompt)) if word not in taken)
-        return (Place(subject="", words=others),) if others else ()
-
-    def _reference(self, subject: Subject) -> Place:
-        where = subject.found if subject.place is None else subject.place
-        if where is not None:
-            return as_place(subject.name, where)
-        with contextlib.suppress(ValueError):  # not in its own prompt: then it fills its picture
-            return Place(subject=subject.name, words=words_of(self.pipe, subject.prompt, subject.phrase))
-        return Place(subject=subject.name)
-
     def _fill(
         self, method: IsolationRepositionAttnProcessor, subjects: Sequence[Subject], made: Story
     ) -> tuple[Bank, list[Image.Image]]:
         """A bank of these references, and their pictures. Raises MemoryError before the first step if it cannot fit."""
         recorder = replace(method, panels=(), source="record")
         with self._inside(recorder, None) as contexts:  # other attention leaves us fewer layers
-            plan = self._plan(recorder, contexts[0])
+            plan = plan_for(self.pipe, self.script, recorder, contexts[0])
         bank = plan.bank(self.script.bank)
         made.report.append(str(plan))
         with self._inside(recorder, bank):
             return bank, self._run([one.prompt for one in subjects], [one.seed for one in subjects], subjects)
 
-    def _plan(self, recorder: IsolationRepositionAttnProcessor, context: Context) -> BankPlan:
-        ours = [item for item in context.installations if item.method is recorder]
-        infos = [swap.info for item in ours for swap in item.swaps if recorder.reads(swap.info.name)]
-        text = 0
-        if recorder.text_mix * recorder.strength:
-            width = context.model.config.cross_attention_dim
-            text = self.pipe.tokenizer.model_max_length * (width if isinstance(width, int) else max(width))
-        return plan_bank(
-            recorder, infos, self._grids(), steps=step_numbers(self.pipe.scheduler, self.script.steps),
-            branches=2 if self._guided() else 1, item=torch.finfo(context.model.dtype).bits // 8,
-            limit=self.script.bank, text=text,
-        )  # fmt: skip
-
-    def _guided(self) -> bool:
-        return "Flux" not in type(self.pipe).__name__ and (self.script.guidance or 0) > 1
-
-    def _grids(self) -> list[tuple[int, int]]:
-        """(H, W) of every level of the denoiser at this size, finest first."""
-        assert self.script.width is not None and self.script.height is not None
-        height, width = (
-            self.script.height // self.pipe.vae_scale_factor,
-            self.script.width // self.pipe.vae_scale_factor,
-        )
-        if (unet := getattr(self.pipe, "unet", None)) is None:
-            patch = 2 if "Flux" in type(self.pipe).__name__ else self.pipe.transformer.config.patch_size
-            return [(height // patch, width // patch)]
-        grids = []
-        for _ in unet.down_blocks:
-            grids.append((height, width))
-            height, width = (height + 1) // 2, (width + 1) // 2
-        first = next(i for i, block in enumerate(unet.down_blocks) if hasattr(block, "attentions"))
-        return grids[first:]  # levels count from the first with attention
-
     @contextlib.contextmanager
-    def _inside(self, method: IsolationRepositionAttnProcessor, bank: Bank | None) -> Iterator[list[Context]]:
-        """The pipeline with the story's attention in it: other attention on its layers, ours on those that are left."""
+    def _inside(
+        self, method: IsolationRepositionAttnProcessor, bank: Bank | None, first_panel: int = 0
+    ) -> Iterator[list[Context]]:
+        """The pipeline with the story's attention in it: other attention on its layers, ours on those that are left.
+
+        first_panel: number of the call's first panel in the story, from 0.
+        """
         with attention_of(self.script.recipe("-"), self.pipe):
             taken = _taken(self.pipe)
             if method.neutral:
@@ -305,6 +238,7 @@ class _Job:
             try:
                 contexts = [context for context, _ in handle.parts]
                 for context in contexts:
+                    method.cast(context).first_panel = first_panel
                     if bank is not None:
                         method.cast(context).bank = bank
                 yield contexts
@@ -363,48 +297,6 @@ class _Job:
             elif place.subject:
                 found.append(place)
         return tuple(found)
-
-
-def _filled_in(script: Script, pipe: Any) -> Script:
-    """The script with sizes, seeds, guidance, places and versions as they will be used."""
-    prompts = [*(subject.prompt for subject in script.subjects), *(panel.prompt for panel in script.panels)]
-    recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in prompts]
-    recipe = recipes[0]
-    assert recipe.seed is not None
-    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(pipe, "unet", None), "config", None)
-    if not isinstance(side, int):
-        side = side.sample_size if side is not None else 128
-    own = side * pipe.vae_scale_factor
-    subjects = tuple(
-        one if one.seed is not None else replace(one, seed=_seed(recipe.seed, 0, i))
-        for i, one in enumerate(script.subjects)
-    )
-    panels = tuple(
-        replace(
-            panel,
-            seed=_seed(recipe.seed, 1, i) if panel.seed is None else panel.seed,
-            places=_present(script, panel) if panel.places is None else dict(panel.places),
-        )
-        for i, panel in enumerate(script.panels)
-    )
-    return replace(
-        script, subjects=subjects, panels=panels, seed=recipe.seed, model=recipe.model, guidance=recipe.guidance,
-        dtype=recipe.dtype, width=script.width or own, height=script.height or own, made_with=recipe.made_with,
-    )  # fmt: skip
-
-
-def _present(script: Script, panel: Panel) -> dict[str, Any]:
-    """The subjects whose phrase is in the caption, to be found by it."""
-    return {
-        subject.name: None
-        for subject in script.subjects
-        if re.search(rf"(?<!\w){re.escape(subject.phrase)}(?!\w)", panel.prompt, re.IGNORECASE)
-    }
-
-
-def _seed(seed: int, kind: int, number: int) -> int:
-    """Seeds of their own for references (kind 0) and panels (1); adding one changes no other."""
-    return int(np.random.SeedSequence((seed, kind, number)).generate_state(1, np.uint32)[0])
 
 
 def _names(script: Script) -> list[str]:

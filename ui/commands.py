@@ -109,9 +109,9 @@ class Evaluate:
 class Bench:
     """Measure speed and memory against stock attention and against what one would use instead."""
 
-    what: Positional[Literal["agent", "clear", "video", "distill"]]
-    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, CLEAR in a block of FLUX, films of up to 1,024
-    frames, or a step of the trainer; random weights."""
+    what: Positional[Literal["agent", "clear", "story", "video", "distill"]]
+    """What to measure: agent attention in the UNet of Stable Diffusion 1.5, CLEAR in a block of FLUX, subjects of a story in
+    that UNet, films of up to 1,024 frames, or a step of the trainer; random weights."""
     minutes: float = 20.0
     """Time limit; rounds that would not fit are left out."""
     quick: bool = False
@@ -127,7 +127,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure. Raises ValueError for bad input."""
-        from ..bench import agent, clear, distill, video
+        from ..bench import agent, clear, distill, story, video
         from ..pipelines.files import check_writable
         from ..pipelines.load import find_device
 
@@ -139,8 +139,8 @@ class Bench:
         if self.out is not None:
             check_writable(self.out)
         device = None if self.device is None else str(find_device(self.device))
-        run = {"agent": agent.run, "clear": clear.run, "video": video.run, "distill": distill.run}[self.what]
-        run(minutes=self.minutes, quick=self.quick, json=self.json, out=self.out, device=device)
+        benchmarks = {"agent": agent, "clear": clear, "story": story, "video": video, "distill": distill}
+        benchmarks[self.what].run(minutes=self.minutes, quick=self.quick, json=self.json, out=self.out, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ thread; `make_image` is what happens after Generate: it yields one `View` after 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +35,19 @@ UPDATE_EVERY = 0.5  # seconds between two updates of the page while nothing new 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows at one moment. `picture` is a file or a preview, `film` a file; None leaves what is there."""
+    """What the page shows at one moment. `picture` is a file or a preview, `film` a file; None leaves what is there.
+
+    `over` tells that a run has ended, `made` what it made.
+    """
 
     message: str
     tone: Literal["info", "good", "bad"] = "info"
     busy: bool = False
     fraction: float | None = None
     picture: Path | Image.Image | None = None
-    made: Made | None = None
+    made: Any = None
     film: Path | None = None
+    over: bool = False
 
 
 class Previewer:
@@ -91,11 +96,14 @@ class ImageJob:
         return Made(file, recipe_file, picture.recipe, time.monotonic() - start, tuple(file for file, _ in smaller))
 
     def pipe(self, model: str, dtype: str | None, report: Callable[[Progress], None]) -> Any:
-        """The pipeline of a model, kept until another one is asked for."""
-        if self._loaded is None or self._loaded[0] != (model, dtype):
-            report(Progress(f"Loading the model {model}"))
-            self._loaded = None  # frees the last one first: two large models may not fit
-            self._loaded = ((model, dtype), load(model, dtype=dtype))
+        """The loaded pipeline, that of the last picture if it is the same."""
+        if self._loaded is not None:
+            (name, asked), pipe = self._loaded
+            if name == model and dtype in (asked, str(pipe.dtype).removeprefix("torch.")):
+                return pipe
+        report(Progress(f"Loading the model {model}"))
+        self._loaded = None  # frees the last one first: two large models may not fit
+        self._loaded = ((model, dtype), load(model, dtype=dtype))
         return self._loaded[1]
 
 
@@ -109,24 +117,41 @@ def make_image(
 
     `read` reads the form of another tab; None is `read_form`.
     """
+    with contextlib.closing(followed(session, lambda: (read or read_form)(form, models))) as views:
+        for view in views:
+            if view.made is not None:
+                made = view.made
+                line = f"{view.message} Seed {made.recipe.seed}."
+                yield replace(view, message=line, picture=made.picture, film=made.film)
+            elif view.over and session.shown:
+                yield replace(view, picture=session.shown.picture, film=session.shown.film)  # in place of the preview
+            else:
+                yield view
+
+
+def followed(session: Session, order: Callable[[], Any]) -> Generator[View, None, None]:
+    """Submit an order and yield views until its run has ended. Closing the iterator stops it.
+
+    order: makes it; what it raises is told, and nothing is submitted.
+    """
     try:
-        run = session.start((read or read_form)(form, models))
+        run = session.start(order())
     except (ValueError, TypeError) as error:
         yield View(one_line(error), "bad", busy=session.busy)
         return
     try:
         yield View("Starting", busy=True)
+        shown: Image.Image | None = None
         played: tuple[Path, int] | None = None
         for progress, age in run.updates(UPDATE_EVERY):
             if progress is None:
                 yield View(waiting_line(session.worker.ahead(run)), busy=True)
                 continue
             line = "Stopping" if run.token.requested else progress.line(age)
+            picture = progress.preview if progress.preview is not shown else None  # once: it may still be on its way
             film = progress.film if progress.film != played else None  # once: showing it starts it again
-            played = progress.film
-            yield View(
-                line, busy=True, fraction=progress.fraction, picture=progress.preview, film=film[0] if film else None
-            )
+            shown, played = progress.preview or shown, progress.film
+            yield View(line, busy=True, fraction=progress.fraction, picture=picture, film=film[0] if film else None)
     finally:
         session.worker.stop(run)  # does nothing to a run that has ended
     outcome = run.outcome
@@ -136,24 +161,12 @@ def make_image(
         yield View(outcome.text, film=outcome.kept.film)
         return
     if outcome.made is None:
-        shown = session.shown
-        yield View(
-            outcome.text,
-            "info" if outcome.state == "stopped" else "bad",
-            picture=shown.picture if shown else None,
-            film=shown.film if shown else None,
-        )
+        yield View(outcome.text, "info" if outcome.state == "stopped" else "bad", over=True)
         return
     session.keep(outcome.made)
     if session.kept is not None and session.kept.recipe == outcome.made.recipe:
         session.kept = None  # it is finished
-    yield View(
-        f"{outcome.text} Seed {outcome.made.recipe.seed}.",
-        "good",
-        picture=outcome.made.picture,
-        made=outcome.made,
-        film=outcome.made.film,
-    )
+    yield View(outcome.text, "good", made=outcome.made, over=True)
 
 
 def waiting_line(ahead: int) -> str:

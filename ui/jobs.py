@@ -1,7 +1,8 @@
 """Work behind the page: one worker thread makes one thing at a time, each browser session knows its run and results.
 
-The page's handlers submit a recipe and read the newest progress; the worker thread writes it. Nothing here knows
-Gradio, and nothing lives at module level: a page owns one `Worker`, a browser session owns one `Session`.
+The page's handlers submit an order (a recipe, or what else a job makes things from) and read the newest progress; the
+worker thread writes it. Nothing here knows Gradio, and nothing lives at module level: a page owns one `Worker`, a
+browser session owns one `Session` for each tab.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -58,9 +59,19 @@ class Progress:
         return f"{line}, {duration(max(0.0, self.seconds_left - age))} left"
 
 
+class Result(Protocol):
+    """What every job gives back: the seconds it took, and its file names in words."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def where(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Made:
-    """A finished result: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
+    """A finished picture or film: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
 
     `smaller` are the files of what it grew from, smallest first, each with a recipe of its own. `sheet` is the picture that
     stands for a film.
@@ -113,18 +124,23 @@ class Outcome:
 
     state: Literal["done", "stopped", "failed"]
     text: str
-    made: Made | None = None
+    made: Any = None  # a Result
     kept: Kept | None = None
 
 
-Work = Callable[[Recipe, CancelToken, Callable[[Progress], None]], Made]
+Work = Callable[[Any, CancelToken, Callable[[Progress], None]], Result]
+
+
+def by_class(works: Mapping[type, Work]) -> Work:
+    """The work for each class of orders as one."""
+    return lambda order, token, report: works[type(order)](order, token, report)
 
 
 class Run:
-    """One submitted recipe. The worker writes progress and the outcome, any thread may read them or ask to stop."""
+    """One submitted order. The worker writes progress and the outcome, any thread may read them or ask to stop."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, order: Any) -> None:
+        self.order = order
         self.token = CancelToken()
         self.outcome: Outcome | None = None
         self._changed = threading.Condition()
@@ -175,8 +191,8 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def submit(self, recipe: Recipe) -> Run:
-        run = Run(recipe)
+    def submit(self, order: Any) -> Run:
+        run = Run(order)
         with self._changed:
             if self._closed:
                 raise RuntimeError("The page was closed and takes no more work; start it again.")
@@ -227,7 +243,7 @@ class Worker:
     def _outcome(self, run: Run) -> Outcome:
         try:
             run.token.check()
-            made = self._work(run.recipe, run.token, run.report)
+            made = self._work(run.order, run.token, run.report)
         except Kept as stop:
             return Outcome("stopped", str(stop), kept=stop)
         except Cancelled:
@@ -252,9 +268,9 @@ class Session:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.run: Run | None = None
-        self.shown: Made | None = None
+        self.shown: Any = None  # a Result of the tab's job
         self.kept: Kept | None = None
-        self.history: list[Made] = []
+        self.history: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         """A new session on the same worker: Gradio copies the first state for every browser session."""
@@ -264,15 +280,15 @@ class Session:
     def busy(self) -> bool:
         return self.run is not None and self.run.outcome is None
 
-    def start(self, recipe: Recipe) -> Run:
-        """Submit a recipe.
+    def start(self, order: Any) -> Run:
+        """Submit an order.
 
         Raises:
             ValueError: this session's last run has not ended.
         """
         if self.busy:
             raise ValueError("This page is already making something; wait for it or press Stop.")
-        self.run = self.worker.submit(recipe)
+        self.run = self.worker.submit(order)
         return self.run
 
     def stop(self) -> bool:
@@ -282,11 +298,11 @@ class Session:
         self.worker.stop(self.run)
         return True
 
-    def keep(self, made: Made) -> None:
+    def keep(self, made: Any) -> None:
         self.shown = made
         self.history = [made, *self.history][:HISTORY]
 
-    def show(self, index: int) -> Made | None:
+    def show(self, index: int) -> Any:
         """Make an earlier result the one that is shown; None for a place that holds none."""
         if not 0 <= index < len(self.history):
             return None

@@ -14,7 +14,7 @@ import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..pipelines.load import bundled
 from .jobs import Worker
@@ -32,6 +32,8 @@ CSS = """
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0.4rem; }
 .status-line, .status-line .html-container { padding: 0 !important; }
 .shown-picture img { width: 100%; height: 100%; object-fit: contain; }
+.clicked-picture img { cursor: crosshair; }
+.shown-strips .thumbnail-item { aspect-ratio: 3 / 1 !important; height: auto !important; }
 .status-line .status {
   display: flex; flex-direction: column; justify-content: center; gap: 0.5rem;
   min-height: 2.9rem; padding: 0.65rem 0.85rem;
@@ -65,18 +67,20 @@ class Page:
         self._undo.close()
 
 
-def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
+def build(worker: Worker, models: Sequence[str], out: Path = Path("out")) -> gr.Blocks:
     """The page without a server.
 
     Args:
         worker: does the work of all browser sessions, one after another.
         models: the models to offer; at least one.
+        out: the folder for what is saved.
     """
     import gradio as gr
 
     from .film_job import film_models
     from .tabs.film import film_tab
     from .tabs.image import image_tab
+    from .tabs.story import story_tab
     from .tabs.upscale import upscale_tab
 
     pictures, films = film_models(models)
@@ -92,6 +96,8 @@ def build(worker: Worker, models: Sequence[str]) -> gr.Blocks:
                 image_tab(worker, pictures)
             with gr.Tab("Upscale", id="upscale"):
                 upscale_tab(worker, pictures)
+            with gr.Tab("Story", id="story"):
+                story_tab(worker, pictures, out)
             with gr.Tab("Long video", id="film"):
                 film_tab(worker, films)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
@@ -119,8 +125,11 @@ def start(
     Raises:
         ValueError: one sentence on what cannot be done.
     """
+    from ..pipelines.recipe import Recipe
     from .film_job import FilmJob
     from .image_job import ImageJob
+    from .jobs import by_class
+    from .story_job import Order, StoryJob
 
     check_access(host, share, password)
     out = output_folder(out)
@@ -131,9 +140,13 @@ def start(
         undo.enter_context(own_temporary_folder())
         pictures = ImageJob(out)
         films = FilmJob(out, pictures.pipe)  # one model in memory at a time
-        worker = Worker(lambda recipe, *how: (films if recipe.video is not None else pictures)(recipe, *how))
+
+        def drawn(recipe: Recipe, *how: Any) -> Any:
+            return (films if recipe.video is not None else pictures)(recipe, *how)
+
+        worker = Worker(by_class({Recipe: drawn, Order: StoryJob(out, pictures.pipe)}))
         undo.callback(worker.close)
-        blocks = build(worker, models)
+        blocks = build(worker, models, out=out)
         undo.callback(blocks.close, verbose=False)
         with _server_errors(host, port):
             _, url, share_url = blocks.launch(

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Story"]
 
-# Options besides the seed with which a rehearsal makes other pictures, so that what it found before is no longer so.
-OTHER_PICTURES = ("model", "width", "height", "steps", "guidance", "dtype", "attention")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
@@ -105,6 +102,8 @@ class Story:
 
     def to_script(self, script: Script) -> tuple[Script, list[int] | None]:
         """The story with the options that were given, and the panels to make, counted from 0; None = all."""
+        from ..pipelines.script import OTHER_PICTURES
+
         names = ("model", "width", "height", "steps", "guidance", "strength", "together", "dtype")
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.bank is not None:

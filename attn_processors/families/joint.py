@@ -46,6 +46,13 @@ class JointCall(LayerCall):
         self.text, self.rotary, self._joint = text, rotary, layer
 
     @property
+    def text_places(self) -> range:
+        if self._joint.text_first:
+            return range(self.layout.before)
+        texts = 0 if self.text is None else self.text.shape[1]
+        return range(self.layout.tokens - texts, self.layout.tokens)
+
+    @property
     def heads(self) -> int:
         return self.q.shape[2]  # of the projection: under tensor parallelism fewer than attn.heads
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..pipelines.script import Panel, Script, Subject
 from .read import Reading, score
-from .world import BACKGROUNDS, KINDS, TINTS
+from .world import BACKGROUNDS, KINDS, TINTS, with_article
 
 __all__ = ["MEASURES", "PANELS", "Tale", "judge", "sample_tales", "tint_of"]
 
@@ -31,12 +31,14 @@ class Tale:
     seed: int
 
     def caption(self, panel: int) -> str:
-        return " and ".join(_a(kind) for kind, _ in self.characters) + f" on {self.backgrounds[panel]}"
+        return " and ".join(with_article(kind) for kind, _ in self.characters) + f" on {self.backgrounds[panel]}"
 
     def script(self, steps: int) -> Script:
         """The story, not yet saying who is where."""
         subjects = tuple(
-            Subject(name=f"{i + 1}", phrase=kind, prompt=f"{_a(f'{tint} {kind}')} on {self.reference_background}")
+            Subject(
+                name=f"{i + 1}", phrase=kind, prompt=f"{with_article(f'{tint} {kind}')} on {self.reference_background}"
+            )
             for i, (kind, tint) in enumerate(self.characters)
         )
         places = {subject.name: None for subject in subjects}
@@ -132,7 +134,3 @@ def tint_of(character: tuple[str, str], reading: Reading) -> str:
     """The tint of a character as its reference picture shows it, or the asked one where its kind was not read."""
     kind, asked = character
     return next((sprite.tint for sprite in reading.sprites if sprite.kind == kind and sprite.tint), asked)
-
-
-def _a(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words

@@ -72,8 +72,12 @@ class Sprite:
 
     @property
     def noun(self) -> str:
-        words = f"{self.tint} {self.kind}" if self.named else self.kind
-        return ("an " if words[0] in "aeiou" else "a ") + words
+        return with_article(f"{self.tint} {self.kind}" if self.named else self.kind)
+
+
+def with_article(words: str) -> str:
+    """Words of a caption with "a" or "an" before them."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
-"""What subjects read from their references: what repositioning does in each kind of model, and the bank."""
+"""What subjects read from their references: what repositioning does in each kind of model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from two_subjects import ALONE, CLOSE, LEFT, PANEL, PROMPTS, RIGHT, TWO, denoise, flux_rows, noise, pictures, rows_of
+from two_subjects import ALONE, CLOSE, LEFT, PANEL, RIGHT, TWO, flux_rows, noise, rows_of
 
 from reattend.attn_processors import (
     IsolationRepositionAttnProcessor,
     Place,
     installed,
 )  # fmt: skip
-from reattend.attn_processors.subjects import Bank
 
 # -- what repositioning does ---------------------------------------------------------------------------------------------
 
@@ -111,49 +109,3 @@ def test_isolation_of_joint_layers_keeps_text_and_background_open(family, reques
     before, after = (one.unflatten(0, (4, 6)) for one in seen)
     assert torch.equal(before[:, :2], after[:, :2])
     assert not torch.equal(before[:, 2:4], after[:, 2:4])
-
-
-# -- bank ----------------------------------------------------------------------------------------------------------------
-
-
-def recorded(pipe: Any, method: IsolationRepositionAttnProcessor, bank: Bank, prompts: list[str]) -> None:
-    recorder = replace(method, panels=(), source="record")
-    with installed(pipe, recorder) as handle:
-        recorder.cast(handle.parts[0][0]).bank = bank
-        pictures(pipe, prompts)
-
-
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "sd3"])
-def test_a_bank_equals_rows(family, request):
-    pipe = request.getfixturevalue(family)
-    with installed(pipe, TWO):
-        want = pictures(pipe, PROMPTS)[2:]
-    bank = Bank()
-    recorded(pipe, TWO, bank, PROMPTS[:2])
-    method = replace(TWO, source="bank")
-    generator = [torch.Generator().manual_seed(2)]
-    with installed(pipe, method) as handle:
-        method.cast(handle.parts[0][0]).bank = bank
-        got = tiny.run(pipe, prompt=PROMPTS[2:], generator=generator)
-        assert f"bank: {bank.held:,} bytes held, no limit, 0 times" in str(handle.report())
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)  # latents of several steps, with guidance
-
-
-def test_a_full_bank_says_so(sd):
-    with pytest.raises(MemoryError, match="bank of references would hold .* 1,000 are allowed"):
-        recorded(sd, TWO, Bank(limit=1000), PROMPTS[:2])
-
-
-def test_a_bank_of_other_steps_is_missed_and_counted(sd):
-    bank = Bank()
-    recorded(sd, TWO, bank, PROMPTS[:2])
-    method = replace(TWO, source="bank")
-    with installed(sd, method) as handle:
-        method.cast(handle.parts[0][0]).bank = bank
-        tiny.run(sd, prompt=PROMPTS[2:], num_inference_steps=3)
-    assert bank.missing == 7  # the third step, in every layer
-
-
-def test_a_bank_is_needed(unet):
-    with installed(unet, replace(TWO, source="bank")), pytest.raises(RuntimeError, match="needs a bank"):
-        denoise(unet, noise(2))

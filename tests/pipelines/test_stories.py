@@ -224,9 +224,15 @@ def test_words_that_are_missing_or_alike_are_told(sd):
     with pytest.raises(ValueError, match="'cat' is not in the prompt.*its words are a, bird, and, dog"):
         story(lost, pipe=sd)
     twins = tuple(replace(subject, phrase="dog") for subject in TWO.subjects)
-    both = replace(TWO, subjects=twins, panels=(Panel(prompt="a dog and a dog"),))
-    with pytest.raises(ValueError, match="'Tom' and 'Rex' are both 'dog'.*give boxes or masks"):
-        story(both, pipe=sd)
+    both = replace(TWO, subjects=twins, panels=(*TWO.panels[:2], Panel(prompt="a dog and a dog")))
+    events: list[Any] = []
+    with pytest.raises(ValueError, match="'Tom' and 'Rex' are both 'dog' in panel 3.*give boxes or masks"):
+        story(both, pipe=sd, on_step=events.append)
+    kinds = (replace(TWO.subjects[0], phrase="black dog"), TWO.subjects[1])
+    with pytest.raises(ValueError, match="'Tom' and 'Rex' are partly the same words in panel 3"):
+        story(replace(both, subjects=kinds, panels=(*TWO.panels[:2], Panel(prompt="a black dog"))), pipe=sd,
+              on_step=events.append)  # fmt: skip
+    assert not events
 
 
 @pytest.mark.parametrize(
@@ -281,6 +287,17 @@ def test_who_was_not_found_is_told_by_the_panel_of_the_story(sd):
     assert [line.split(" (")[0] for line in made.report] == [
         "not found: 'Tom' in panel 3", "not found: 'Rex' in panel 3",
     ]  # fmt: skip
+
+
+def test_warnings_on_the_way_count_panels_as_the_story_does(sd):
+    outside = [1.2, 0, 1.5, 1]
+    panels = (*TWO.panels[:2], replace(TWO.panels[2], places={"Tom": LEFT, "Rex": outside}))
+    with pytest.warns(UserWarning, match="'Rex' in panel 3 was not found: its box .* is outside"):
+        made = story(replace(TWO, panels=panels), pipe=sd, only=[2])
+    assert [line.split(" (")[0] for line in made.report] == ["not found: 'Rex' in panel 3"]
+    strict = replace(TWO, panels=panels, consistency={"strict": True})
+    with pytest.raises(ValueError, match="'Rex' in panel 3 was not found"):
+        story(strict, pipe=sd, only=[2])
 
 
 def test_words_are_found_as_tokens(sd, flux):

@@ -333,17 +333,24 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
         ([screen["history"].select], show, [session], list(screen.values()), False),
     )
     for triggers, function, inputs, outputs, queue in events:
-        gr.on(
-            triggers,
-            function,
-            inputs,
-            outputs,
-            queue=queue,
-            show_progress="hidden",
-            trigger_mode="once",
-            concurrency_limit=SESSIONS,
-            api_visibility="private",
-        )
+        on(triggers, function, inputs, outputs, queue)
+
+
+def on(
+    triggers: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any], queue: bool = False
+) -> None:
+    """Call a function when something happens; `queue`: it waits in Gradio's queue."""
+    gr.on(
+        triggers,
+        function,
+        inputs,
+        outputs,
+        queue=queue,
+        show_progress="hidden",
+        trigger_mode="once",
+        concurrency_limit=SESSIONS,
+        api_visibility="private",
+    )
 
 
 def stop_run(session: Session) -> None:

@@ -1,0 +1,139 @@
+"""The story tab in a real Chromium: a story, one panel of it again, and its file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+
+from reattend.pipelines.script import Script
+
+pytestmark = pytest.mark.browser
+
+PATIENCE = 90_000  # milliseconds; machines that run the suite may be busy with other things
+SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
+
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture
+def tab(served: Any, page: Page) -> Page:
+    """The page, open at the tab, asking for something small."""
+    page.set_default_timeout(PATIENCE)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(served.url)
+    page.get_by_role("tab", name="Story").click()
+    expect(status(page)).to_have_text("Ready.")
+    for name, value in {"steps": "2", "width": "32", "height": "32", "seed": "3"}.items():
+        page.locator(
+            f"#story-{name} textarea, #story-{name} input[type=number], #story-{name} input[type=text]"
+        ).first.fill(value)
+    return page
+
+
+def status(page: Page) -> Locator:
+    return page.locator("#story-status [role=status]")
+
+
+def cell(page: Page, table: str, row: int, column: int) -> Locator:
+    return page.locator(f"#story-{table} [data-row='{row}'][data-col='{column}']")
+
+
+def write(page: Page, table: str, row: int, column: int, text: str) -> None:
+    cell(page, table, row, column).dblclick()
+    field = page.locator(f"#story-{table} textarea")
+    field.fill(text)
+    field.press("Enter")
+    expect(cell(page, table, row, column)).to_contain_text(text)
+
+
+def press(page: Page, button: str) -> None:
+    """Press a button that makes something, and wait for it."""
+    before = status(page).inner_text()
+    page.locator(f"#story-{button}").click()
+    expect(status(page)).not_to_have_text(before)  # the last one may say Done too, with another folder
+    expect(status(page)).to_contain_text("Done in")
+    expect(page.locator("#story-generate")).to_be_enabled()
+
+
+def click_in_panel(page: Page, x: float, y: float) -> None:
+    """Click at fractions of the panel that is shown, which is as high as its frame."""
+    box = page.locator("#story-panel-picture img").bounding_box()
+    assert box is not None
+    side = min(box["width"], box["height"])
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    page.mouse.click(left + x * side, top + y * side)
+
+
+def downloaded(page: Page, button: str, to: Path) -> Path:
+    with page.expect_download() as download:
+        page.locator(f"#story-{button}").click()
+    download.value.save_as(to)
+    return to
+
+
+def panels_of(strip: Path, count: int) -> list[bytes]:
+    with Image.open(strip) as image:
+        assert image.size == (count * 36 - 4, 32)
+        return [image.crop((i * 36, 0, i * 36 + 32, 32)).tobytes() for i in range(count)]
+
+
+def keep_screenshot(page: Page, name: str) -> None:
+    """For people to look at; no test reads it."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(tab, tmp_path):
+    tab.locator("#story-add-panel").click()
+    write(tab, "panels", 3, 0, "a house on sea")
+    press(tab, "generate")
+    expect(tab.locator("#story-own img")).to_have_count(2)
+    first = panels_of(downloaded(tab, "save-strip", tmp_path / "first.png"), 4)
+    script = Script.read(downloaded(tab, "save-story", tmp_path / "first.json"))
+    assert [panel.prompt for panel in script.panels][3] == "a house on sea" and script.seed == 3
+    answer = tab.request.get(tab.locator("#story-picture img").get_attribute("src"))
+    assert Image.open(io.BytesIO(answer.body())).size == (140, 32)
+
+    tab.locator("#story-number label").nth(1).click()
+    tab.locator("#story-panel-picture").scroll_into_view_if_needed()
+    expect(tab.locator("#story-hint")).to_contain_text("If Flora stands elsewhere")
+    click_in_panel(tab, 0.25, 0.5)
+    expect(tab.locator("#story-hint")).to_contain_text("opposite corner of Flora")
+    click_in_panel(tab, 0.75, 0.9)
+    expect(cell(tab, "places", 0, 1)).to_contain_text("Flora")
+    press(tab, "again")
+    keep_screenshot(tab, "story")
+    second = panels_of(downloaded(tab, "save-strip", tmp_path / "second.png"), 4)
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True, True]
+    script = Script.read(downloaded(tab, "save-story", tmp_path / "second.json"))
+    assert script.panels[1].places["Flora"] == pytest.approx([0.25, 0.5, 0.75, 0.9], abs=0.02)
+    expect(tab.locator("#story-history img")).to_have_count(2)
+
+    tab.reload()
+    tab.get_by_role("tab", name="Story").click()
+    with tab.expect_file_chooser() as chooser:
+        tab.locator("#story-load").click()
+    chooser.value.set_files(tmp_path / "second.json")
+    expect(status(tab)).to_contain_text("Story loaded")
+    expect(cell(tab, "panels", 3, 0)).to_contain_text("a house on sea")
+    press(tab, "generate")
+    assert panels_of(downloaded(tab, "save-strip", tmp_path / "third.png"), 4) == second
+
+
+def test_bad_input_is_answered_with_a_sentence_and_a_form_can_be_saved_before_it_is_made(tab, tmp_path):
+    write(tab, "places", 0, 0, "7")
+    write(tab, "places", 0, 1, "Flora")
+    for button in ("generate", "write"):
+        tab.locator(f"#story-{button}").click()
+        expect(tab.locator("#story-status .bad")).to_contain_text("places name the panel '7'; there are panels 1 to 3")
+        expect(tab.locator("#story-generate")).to_be_enabled()
+    write(tab, "places", 0, 0, "2")
+    tab.locator("#story-write").click()
+    expect(status(tab)).to_contain_text("Saved as a-butterfly")
+    script = Script.read(downloaded(tab, "written", tmp_path / "form.json"))
+    assert (script.steps, script.seed, script.panels[1].places) == (2, 3, {"Flora": None, "Hill": None})
