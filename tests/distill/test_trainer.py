@@ -131,7 +131,7 @@ def test_gradients_are_the_same_with_checkpointing_accumulation_and_not(flux, co
         with joined as ranks:
             run = make(ranks)
             kept = {}
-            run.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.trained.items()})
+            run.state.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.state.trained.items()})
             for size, micros in run.read():
                 run.learn(size, micros, 0.0, trainer_module.Meter(0, ranks))
             run.close()
