@@ -60,6 +60,8 @@ class Meter:
 
     def add(self, losses: Losses, count: int) -> None:
         names = {"loss": losses.total, "flow": losses.flow, "output": losses.output, "attention": losses.attention}
+        if losses.own is not None:
+            names["own"] = losses.own
         names |= {f"layer {name}": value for name, value in losses.layers.items()}
         for name, value in names.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() / count

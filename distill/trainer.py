@@ -7,6 +7,7 @@ captions. So a run that was stopped goes on bit for bit, and the number of proce
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,7 +196,7 @@ class Run:
         taps = [{layer: [kept[key] for key in sorted(kept)] for layer, kept in taps.items()} for taps in (ours, theirs)]
         return student_losses(
             student, teacher, target, *taps, flow_weight=config.flow_weight, output_weight=config.output_weight,
-            attention_weight=config.attention_weight,
+            attention_weight=config.attention_weight, own=list(roles.told.values()),
         )  # fmt: skip
 
     def draw(self, places: list[int], shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,15 +217,13 @@ class Run:
         """From the present step on: the size of each batch, and this process's micro batches with their places."""
         config, ranks = self.config, self.ranks
         places = ranks.places(config)
-        plan = [self.batches.at(step) for step in range(self.state.step, config.steps)]
-        chosen = [[int(indices[place]) for place in micro] for _, indices in plan for micro in places]
+        steps = (self.batches.at(step) for step in range(self.state.step, config.steps))
+        plan, read, asked = itertools.tee(steps, 3)  # the loader may be ahead by a few
         loader = torch.utils.data.DataLoader(
-            Sparing(self.samples),
-            batch_sampler=chosen,
-            num_workers=config.workers,
+            Sparing(self.samples), batch_sampler=_micros(read, places), num_workers=config.workers,  # type: ignore[arg-type]
             pin_memory=ranks.device.type == "cuda",
-        )
-        batches = (self.damages.taken(batch, indices) for batch, indices in zip(loader, chosen, strict=True))
+        )  # fmt: skip
+        batches = map(self.damages.taken, loader, _micros(asked, places))
         for size, _ in plan:
             yield size, ((next(batches), micro) for micro in places)
 
@@ -291,6 +291,12 @@ class Run:
         target = self.method.radius
         radius = target if left == 0 else max(target, float(math.ceil(target + left * (most - target))))
         return self.roles.method if radius == self.roles.method.radius else replace(self.method, radius=radius)
+
+
+def _micros(steps: Iterator[tuple[Size, np.ndarray]], places: list[list[int]]) -> Iterator[list[int]]:
+    """The samples of each micro batch: of every step those at these places of its batch."""
+    for _, indices in steps:
+        yield from ([int(indices[place]) for place in micro] for micro in places)
 
 
 def _samples(config: DistillConfig, pipe: Any, ranks: Ranks) -> Samples:

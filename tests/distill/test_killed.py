@@ -29,8 +29,9 @@ def last_step(log: Path) -> int:
 
 def test_kill_9_and_go_on_gives_the_same_weights(flux_samples, tmp_path, capsys):
     tiny.flux_pipeline().save_pretrained(tmp_path / "model")
-    run = ["distill", "run", "--model", str(tmp_path / "model"), "--data", str(flux_samples), "--batch", "4", "--micro-batch", "2",
-           "--attention", "clear", "radius=2", "--lr", "1e-3", "--set", "log_every=1", "save_every=3", "ema=0.9"]  # fmt: skip
+    run = ["distill", "run", "--model", str(tmp_path / "model"), "--data", str(flux_samples), "--batch", "4",
+           "--micro-batch", "2", "--attention", "clear", "radius=2", "--lr", "1e-3",
+           "--set", "log_every=1", "save_every=3", "ema=0.9"]  # fmt: skip
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: sums must be cut into the same pieces
     command = [sys.executable, "-m", "reattend.ui.cli", *run, "--out", str(killed), "--steps", "1000000"]
