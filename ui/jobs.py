@@ -59,7 +59,8 @@ class Progress:
 class Made:
     """A finished result: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
 
-    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own.
+    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own; `beside` is the picture it
+    is to be compared with.
     """
 
     file: Path
@@ -67,10 +68,13 @@ class Made:
     recipe: Recipe
     seconds: float
     smaller: tuple[Path, ...] = ()
+    beside: Path | None = None
 
     @property
     def where(self) -> str:
         """The file names in words."""
+        if self.beside is not None:
+            return f"{self.beside.name} and {self.file.name}"
         if not self.smaller:
             return self.file.name
         return f"{self.file.name}, and smaller as {', '.join(file.name for file in self.smaller)}"
