@@ -41,7 +41,7 @@ def _check_share(name: str, value: float) -> None:
         )
 
 
-def _check_not_negative(name: str, value: float) -> None:
+def check_not_negative(name: str, value: float) -> None:
     if not 0 <= value < float("inf"):
         raise ValueError(
             f"{name} must be a finite number >= 0, got {value}. The published values are p = 0.3 and c = 0.075."
@@ -70,7 +70,7 @@ class Phase:
         _check_share("ratio", self.ratio)
         _check_share("agent_ratio", self.agent_ratio)
         for name in ("p", "c"):
-            _check_not_negative(name, getattr(self, name))
+            check_not_negative(name, getattr(self, name))
         for name in ("sy", "sx"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -131,7 +131,7 @@ class AgentAttnProcessor(AttnMethod):
                 _check_share(name, getattr(self, name))
         for name in ("p", "c"):
             if getattr(self, name) is not None:
-                _check_not_negative(name, getattr(self, name))
+                check_not_negative(name, getattr(self, name))
         if self.phases is not None:
             _check_schedule(self.phases)
         flat = {name: getattr(self, name) for name in ("ratio", "agent_ratio", "p", "c")}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .agent import _check_not_negative
+from .agent import check_not_negative
 from .method import AttnMethod, LayerInfo
 from .ops.linear import depthwise
 
@@ -50,8 +50,8 @@ class AgentJointAttnProcessor(AttnMethod):
         super().__post_init__()
         if self.agents < 1:
             raise ValueError(f"agents must be at least 1, got {self.agents}; it counts them along a side, 8 is usual.")
-        _check_not_negative("p", self.p)
-        _check_not_negative("c", self.c)
+        check_not_negative("p", self.p)
+        check_not_negative("c", self.c)
 
     def new_parameters(self, layer: LayerInfo) -> dict[str, Tensor]:
         """The convolution of the values, which is zero."""
