@@ -111,7 +111,7 @@ def evaluate(
     if not prompts:
         raise ValueError("there are no prompts to compare with; give some")
     found = read_linear(student)
-    each = {"text_length": text_length, "steps": steps, "seed": seed, "prompt": prompts[0]}
+    each: dict[str, Any] = {"text_length": text_length, "steps": steps, "seed": seed, "prompt": prompts[0]}
     flops = step_flops(pipe, found, student, size=size, **each)  # also warms both up
     closenesses: list[tuple[float, float, float]] = []
     seconds: tuple[list[float], list[float]] = ([], [])

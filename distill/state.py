@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import checkpoint
 from .config import DistillConfig
+from .optimizers import make_optimizer
 from .ranks import Ranks
 from .shards import Samples
 
@@ -39,9 +40,7 @@ class TrainState:
         self.parameters = list(self.trained.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = ranks.accelerator.prepare_optimizer(
-            torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        )
+        self.optimizer = ranks.accelerator.prepare_optimizer(make_optimizer(config, self.parameters))
         self.ema = EMAModel(self.parameters, decay=config.ema) if config.ema else None
         self.step, self.bad, self.seconds = 0, 0, 0.0
         self._saved = -1
@@ -103,6 +102,7 @@ class TrainState:
             "seconds": self.seconds,
             "ema_steps": self.ema.optimization_step if self.ema else 0,
             "scaler": scaler.state_dict() if scaler is not None else {},
+            **self._numbers(),
         }
         checkpoint.save(
             config.out / "checkpoints", self.step, self._tensors(), numbers, write_student, keep=config.keep,
@@ -138,7 +138,14 @@ class TrainState:
             _, key, path = name.split(".", 2)
             parameter = self.trained[path]
             kept = self.optimizer.state.setdefault(parameter, {})
-            kept[key] = value if value.ndim == 0 else checkpoint.like(value, parameter)
+            if value.ndim and value.shape == parameter.shape and value.is_floating_point():
+                value = checkpoint.like(value, parameter)
+            elif value.ndim:
+                value = value.to(parameter.device)
+            kept[key] = value
+        for path, numbers in about.get("optimizer", {}).items():
+            self.optimizer.state.setdefault(self.trained[path], {}).update(numbers)
+        self.optimizer.param_groups[0].update(about.get("optimizer_group", {}))
         if about["scaler"] and self.ranks.accelerator.scaler is not None:
             self.ranks.accelerator.scaler.load_state_dict(about["scaler"])
         self.step = self._saved = about["step"]
@@ -150,4 +157,16 @@ class TrainState:
             if self.ema is not None:
                 yield f"ema.{name}", checkpoint.whole(self.ema.shadow_params[place])
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{key}.{name}", checkpoint.whole(value)
+                if isinstance(value, Tensor):
+                    yield f"optimizer.{key}.{name}", checkpoint.whole(value)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What optimisers keep as plain numbers, for each parameter and for all: Prodigy's step and learning rate."""
+        each = {}
+        for name, parameter in self.trained.items():
+            kept = self.optimizer.state.get(parameter, {})
+            if found := {key: value for key, value in kept.items() if isinstance(value, (int, float))}:
+                each[name] = found
+        group = self.optimizer.param_groups[0]
+        plain = {key: value for key, value in group.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+        return {"optimizer": each, "optimizer_group": plain}
