@@ -28,7 +28,7 @@ from .sparing import MOST
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["captioned_pictures", "make_dataset", "read_prompts"]
+__all__ = ["captioned_pictures", "make_dataset", "own_size", "read_prompts"]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def make_dataset(
         check_number(name, value, int, low, high)
     if samples is not None:
         check_number("samples", samples, int, 1, 10**9)
-    sizes = [(int(width), int(height)) for width, height in sizes or [_own_size(pipe)]]
+    sizes = [(int(width), int(height)) for width, height in sizes or [own_size(pipe)]]
     for size in sizes:
         _check_size(size, denoising)
     if prompts is not None:
@@ -286,7 +286,8 @@ def mixed(*keys: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(keys).encode()).digest()[:7], "big")
 
 
-def _own_size(pipe: Any) -> Size:
+def own_size(pipe: Any) -> Size:
+    """Width and height of the pictures a pipeline makes if nobody asks for others."""
     side = pipe.default_sample_size if hasattr(pipe, "default_sample_size") else pipe.unet.config.sample_size
     return (side * pipe.vae_scale_factor,) * 2
 

@@ -27,6 +27,7 @@ from PIL import Image
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..distill import DistillConfig, distill, evaluate, load_linear, make_dataset
 from ..distill.comparison import closeness, step_flops
+from ..distill.data import own_size
 from ..distill.linear_folder import read_linear
 from ..distill.progress import TrainEvent
 from ..distill.validation import pictures
@@ -94,7 +95,7 @@ def compare(
         data: samples of the teacher to train on.
         samples: held-out captions; picture i has the seed `seed + i` in every arm. More can be added later.
         denoising: steps of each picture, and of the samples.
-        text_length: text tokens of all of them.
+        text_length: text tokens of all of them, where the model has a choice.
         batch, lr, ema, precision: of the training, see `DistillConfig`.
         command: what repeats this run, for the summary.
         on_progress: called with a line for people whenever something is done.
@@ -113,17 +114,18 @@ def compare(
     tell = on_progress or (lambda line: None)
     out = Path(out)
     pipe = load(model, dtype="float32")
-    side = pipe.default_sample_size * pipe.vae_scale_factor
+    side, _ = own_size(pipe)
+    length = text_length if hasattr(pipe, "transformer") else None  # UNets have one
     training = {"steps": steps} if steps is not None else {"minutes": minutes}
     settings = {
-        **training, "data": data, "denoising": denoising, "text_length": text_length, "batch": batch, "lr": lr, "ema": ema,
+        **training, "data": data, "denoising": denoising, "text_length": length, "batch": batch, "lr": lr, "ema": ema,
         "precision": precision, "seed": seed, "side": side, **model_settings(pipe),
     }  # fmt: skip
     results = Results(out / "results.jsonl", FORMAT, settings)
     captions = sample_captions(np.random.default_rng(seed + 1), data, held_out=False)
-    make_dataset(pipe, out / "data", prompts=captions, sizes=[(side, side)], steps=denoising, text_length=text_length,
+    make_dataset(pipe, out / "data", prompts=captions, sizes=[(side, side)], steps=denoising, text_length=length,
                  seed=seed, shard=32, batch=8, on_progress=lambda done, total: tell(f"samples: {done} of {total}"))  # fmt: skip
-    judge = Judge(pipe, results, out, samples, denoising, text_length, seed, (side, side), tell)
+    judge = Judge(pipe, results, out, samples, denoising, length, seed, (side, side), tell)
     judge.pictures(TEACHER)
     for form, entry in entries.items():
         judge.pictures(arm_of(form, "before"), entry)
@@ -150,7 +152,7 @@ def compare(
 class Judge:
     """Draws the held-out captions with one arm after another and writes down what the reader sees."""
 
-    def __init__(self, pipe: Any, results: Results, out: Path, samples: int, steps: int, text_length: int, seed: int,
+    def __init__(self, pipe: Any, results: Results, out: Path, samples: int, steps: int, text_length: int | None, seed: int,
                  size: tuple[int, int], tell: Callable[[str], None]):  # fmt: skip
         self.pipe, self.results, self.out, self.tell = pipe, results, out, tell
         self.steps, self.length, self.seed, self.size = steps, text_length, seed, size

@@ -28,7 +28,7 @@ PREFIX = "distill-"
 EVERY = 3.0  # seconds between two looks at the folder
 NEWEST = "the newest"
 TONES: Mapping[str, Any] = {"goes on": "info", "waiting": "info", "finished": "good", "stopped": "info"}
-CLOSE = "How far the student is from its teacher, step by step: lower is nearer."
+CLOSE = "Lower is nearer to the teacher. Every step draws other noise, so single steps jump and the trend counts."
 INTRO = (
     "A model's attention is exchanged for a linear one, and a **student** learns to draw what the model as it was, the "
     "**teacher**, draws. Trainings run in a terminal; here you watch them and try what they have learned so far."
