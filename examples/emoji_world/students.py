@@ -114,6 +114,7 @@ def compare(
     tell = on_progress or (lambda line: None)
     out = Path(out)
     pipe = load(model, dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
     side, _ = own_size(pipe)
     length = text_length if hasattr(pipe, "transformer") else None  # UNets have one
     training = {"steps": steps} if steps is not None else {"minutes": minutes}
