@@ -16,37 +16,47 @@ __all__ = ["LayoutHead", "cell_labels"]
 
 NOTHING = 0  # label of a cell that no sprite covers
 TINTS = list(world.TINTS)
+PLACES = 1 + max(world.SIDES.values())  # NOTHING and 1 + the row or column inside the sprite's square
+CLASSES = {  # what is told of a cell, and how many answers there are
+    "kind": 1 + len(world.KINDS),
+    "tint": 1 + len(TINTS),
+    "row": PLACES,
+    "column": PLACES,
+    "side": PLACES,  # in lattice steps
+}
 
 
-def cell_labels(scenes: list[world.Scene], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Kind and tint of the sprite whose square covers each cell, two (B, rows * columns): 1 + its number, or NOTHING.
+def cell_labels(scenes: list[world.Scene], rows: int, columns: int) -> dict[str, Tensor]:
+    """For each of CLASSES (B, rows * columns): of the sprite whose square covers the cell, or NOTHING.
 
-    Cells are those of the lattice, so sprites cover whole ones.
+    Cells are those of the lattice, so sprites cover whole ones, and together the labels say all there is to draw.
     """
-    kinds = torch.full((len(scenes), rows, columns), NOTHING)
-    tints = kinds.clone()
+    labels = {name: torch.full((len(scenes), rows, columns), NOTHING) for name in CLASSES}
     for i, scene in enumerate(scenes):
         for one in scene.sprites:
-            side = one.side * min(rows, columns)
+            side = round(one.side * min(rows, columns))
             top, left = round(one.y * rows - side / 2), round(one.x * columns - side / 2)
-            where = i, slice(top, top + round(side)), slice(left, left + round(side))
-            kinds[where], tints[where] = 1 + world.KINDS.index(one.kind), 1 + TINTS.index(one.tint)
-    return kinds.flatten(1), tints.flatten(1)
+            where = i, slice(top, top + side), slice(left, left + side)
+            labels["kind"][where] = 1 + world.KINDS.index(one.kind)
+            labels["tint"][where] = 1 + TINTS.index(one.tint)
+            labels["row"][where] = torch.arange(1, side + 1)[:, None]
+            labels["column"][where] = torch.arange(1, side + 1)
+            labels["side"][where] = side
+    return {name: each.flatten(1) for name, each in labels.items()}
 
 
 class LayoutHead(nn.Module):
-    """Kind and tint of every image token from its hidden state, as two linear classifiers."""
+    """Tells each of CLASSES of every image token from its hidden state, with a linear classifier."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.kind = nn.Linear(width, 1 + len(world.KINDS))
-        self.tint = nn.Linear(width, 1 + len(TINTS))
+        self.classifiers = nn.ModuleDict({name: nn.Linear(width, count) for name, count in CLASSES.items()})
 
     def forward(self, hidden: Tensor, scenes: list[world.Scene], rows: int, columns: int) -> Tensor:
-        """Mean cross entropy of both: hidden (B, rows * columns, width)."""
-        hidden = hidden.float()
+        """Sum of the mean cross entropies: hidden (B, rows * columns, width)."""
+        labels, hidden = cell_labels(scenes, rows, columns), hidden.float()
         losses = [
-            nn.functional.cross_entropy(classifier(hidden).transpose(1, 2), labels)
-            for classifier, labels in zip((self.kind, self.tint), cell_labels(scenes, rows, columns), strict=True)
+            nn.functional.cross_entropy(classifier(hidden).transpose(1, 2), labels[name])
+            for name, classifier in self.classifiers.items()
         ]
-        return losses[0] + losses[1]
+        return torch.stack(losses).sum()
