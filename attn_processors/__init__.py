@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .dual_scope import DualScopeAttnProcessor
     from .families import UnsupportedModel
+    from .heads import MixtureOfHeadsAttnProcessor
     from .installer import Displaced, Handle, install, installed
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall, LayoutError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )
     from .method import AttnMethod, LayerInfo
     from .report import Report
+    from .routed import RoutedAttnProcessor
     from .subjects import Place
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
@@ -50,6 +52,8 @@ _METHODS = {  # short name -> class
     "inline": "InLineAttnProcessor",
     "flow": "FlowAttnProcessor",
     "agent-joint": "AgentJointAttnProcessor",
+    "mixture-of-heads": "MixtureOfHeadsAttnProcessor",
+    "routed": "RoutedAttnProcessor",
     "isolation-reposition": "IsolationRepositionAttnProcessor",
     "dual-scope": "DualScopeAttnProcessor",
 }
@@ -70,9 +74,11 @@ _FILES = {  # public name -> file
     "LayerCall": "layer",
     "LayerInfo": "method",
     "LayoutError": "layer",
+    "MixtureOfHeadsAttnProcessor": "heads",
     "NeighborhoodAttnProcessor": "linear_forms",
     "Place": "subjects",
     "Report": "report",
+    "RoutedAttnProcessor": "routed",
     "UnsupportedModel": "families",
     "install": "installer",
     "installed": "installer",
@@ -97,9 +103,11 @@ __all__ = [
     "LayerCall",
     "LayerInfo",
     "LayoutError",
+    "MixtureOfHeadsAttnProcessor",
     "NeighborhoodAttnProcessor",
     "Place",
     "Report",
+    "RoutedAttnProcessor",
     "UnsupportedModel",
     "install",
     "installed",

@@ -201,7 +201,7 @@ class ClearAttnProcessor(AttnMethod):
         trained = TokenLayout(rows, columns, before=text)
         return softmax_scale(self.scale, 1, layout, pattern, trained=trained, pool=self._pool)
 
-    def strip_rows(self, layout: TokenLayout) -> int:
+    def strip_rows(self, layout: TokenLayout) -> int | None:
         """Pooled blocks must not be cut."""
         return 1 if self._pool is None else self._pool.factor * self._pool.merged(layout)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 EXTRA = "reattend_"  # begins the names of parameters that trained methods add to a layer
+TOLD = "told"  # slot of the context for what layers tell a trainer, see `LayerCall.tell`
 
 
 class LayoutError(ValueError):
@@ -146,6 +147,12 @@ class LayerCall:
     def extra(self, name: str) -> Tensor | None:
         """A trained parameter beside the layer's own (installed with the method), or None."""
         return getattr(self._attn, EXTRA + name, None)
+
+    def tell(self, name: str, value: Tensor) -> None:
+        """Give a scalar that training should make small to the trainer, if one listens."""
+        listening = self.context.slots.get(TOLD)
+        if listening is not None:
+            listening[f"{self.name}.{name}"] = value
 
     def softmax(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None

@@ -41,10 +41,12 @@ class DistillConfig:
         steps: optimiser steps.
         batch: samples per optimiser step, over all processes; the number of processes changes who computes, never what.
         micro_batch: samples in one forward; the rest of the batch is accumulated. Smaller = less memory, slower.
-        lr: peak learning rate of AdamW.
+        optimizer: "adamw"; "adamw-8bit" keeps its moments in a quarter of the memory, on CUDA, by bitsandbytes; "prodigy" finds
+            the learning rate itself, by prodigyopt, and wants lr=1.
+        lr: peak learning rate.
         warmup: steps over which the learning rate rises.
         schedule: how it goes on after that, to zero at the last step, or flat.
-        weight_decay: of AdamW.
+        weight_decay: of the optimiser.
         clip: largest norm of the gradients; larger ones are scaled down to it.
         flow_weight: weight of the loss against the data (flow, noise or v, as the model predicts).
         output_weight: weight of the loss against the teacher's output.
@@ -86,6 +88,7 @@ class DistillConfig:
     steps: int = 10_000
     batch: int = 32
     micro_batch: int = 4
+    optimizer: Literal["adamw", "adamw-8bit", "prodigy"] = "adamw"
     lr: float = 1e-4
     warmup: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -135,6 +138,10 @@ class DistillConfig:
                                 ("flow_weight", 0.0, 1e6), ("output_weight", 0.0, 1e6), ("attention_weight", 0.0, 1e6),
                                 ("ema", 0.0, 0.999999)):  # fmt: skip
             check_number(name, getattr(self, name), float, least, most)
+        if self.optimizer == "prodigy" and self.lr < 0.1:
+            raise ValueError(
+                f"optimizer='prodigy' finds the learning rate itself and lr is a factor on it, got lr={self.lr}; set lr=1"
+            )
         if self.rank is not None:
             check_number("rank", self.rank, int, 1, 65_536)
         if self.dropout is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ from torch import Tensor
 from ..pipelines.checks import check_number, check_side, check_text
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, VERSION, about_digest, claim, is_whole, write_shard
+from .sparing import MOST
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["captioned_pictures", "make_dataset", "read_prompts"]
+__all__ = ["captioned_pictures", "make_dataset", "own_size", "read_prompts"]
+
+log = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_LENGTH = 10_000  # characters
@@ -72,7 +76,8 @@ def make_dataset(
         the folder.
 
     Raises:
-        ValueError: for bad input, or a folder that holds samples made in another way.
+        ValueError: for bad input, a folder that holds samples made in another way, or one of pictures of which many cannot
+            be read; a few are left out with a warning.
         RuntimeError: if the teacher makes latents that are no numbers.
     """
     folder, denoising = Path(out), denoising_of(pipe)
@@ -86,7 +91,7 @@ def make_dataset(
         check_number(name, value, int, low, high)
     if samples is not None:
         check_number("samples", samples, int, 1, 10**9)
-    sizes = [(int(width), int(height)) for width, height in sizes or [_own_size(pipe)]]
+    sizes = [(int(width), int(height)) for width, height in sizes or [own_size(pipe)]]
     for size in sizes:
         _check_size(size, denoising)
     if prompts is not None:
@@ -222,12 +227,24 @@ def _of_prompts(
 def _of_pictures(
     denoising: Denoising, folder: Path, samples: int | None, sizes: list[Size], length: int | None, shard: int
 ) -> _Plan:
-    found = captioned_pictures(folder)[:samples]
+    found, broken = captioned_pictures(folder)[:samples], []
     by_size: dict[Size, list[tuple[Path, str]]] = {size: [] for size in sizes}
     for path, caption in found:
-        with _upright(path) as picture:
-            ratio = np.log(picture.width / picture.height)
+        try:
+            with _upright(path) as picture:
+                picture.load()  # all of it: a file that was cut off opens, too
+                ratio = np.log(picture.width / picture.height)
+        except ValueError as error:
+            broken.append(path)
+            log.warning("left out: %s (%d of %d pictures up to now)", error, len(broken), len(found))
+            if len(broken) == len(found) or len(broken) > max(1, int(MOST * len(found))):
+                raise ValueError(
+                    f"{len(broken)} of {len(found)} pictures in {folder} cannot be read, the last is {path.name}; more than "
+                    f"{MOST:.0%} are not left out: mend them or take them out"
+                ) from None
+            continue
         by_size[min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - ratio))].append((path, caption))
+    found = [pair for pair in found if pair[0] not in broken]
     parts = [
         (some[start : start + shard], size) for size, some in by_size.items() for start in range(0, len(some), shard)
     ]
@@ -269,7 +286,8 @@ def mixed(*keys: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(keys).encode()).digest()[:7], "big")
 
 
-def _own_size(pipe: Any) -> Size:
+def own_size(pipe: Any) -> Size:
+    """Width and height of the pictures a pipeline makes if nobody asks for others."""
     side = pipe.default_sample_size if hasattr(pipe, "default_sample_size") else pipe.unet.config.sample_size
     return (side * pipe.vae_scale_factor,) * 2
 

@@ -1,9 +1,10 @@
 """The three losses of a linear student, and which layers the third one looks at (CLEAR, arXiv 2412.16112, section 3.3).
 
-    L = w_flow |s - u|^2 + w_output |s - t|^2 + w_attention mean_l |a_s - a_t|^2
+    L = w_flow |s - u|^2 + w_output |s - t|^2 + w_attention mean_l |a_s - a_t|^2 + mean_l o_l
 
 s and t are the outputs of student and teacher for the same noisy latents, u is what the data asks for (flow, noise or v), and
-a the outputs of attention layer l before its output projection, all tokens. Squares are means over elements, in fp32.
+a the outputs of attention layer l before its output projection, all tokens. Squares are means over elements, in fp32. o is
+what the layers of some attentions ask for themselves, weighted by them (the balance of a mixture of heads); mostly nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ SINGLE = "single_transformer_blocks."
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Scalars, unweighted but for `total`; `layers` is the attention loss of each layer."""
+    """Scalars, unweighted but for `total`; `layers` is the attention loss of each layer, `own` what layers ask for themselves."""
 
     total: Tensor
     flow: Tensor
     output: Tensor
     attention: Tensor
     layers: dict[str, Tensor]
+    own: Tensor | None = None
 
 
 def student_losses(
@@ -42,11 +44,13 @@ def student_losses(
     flow_weight: float = 1.0,
     output_weight: float = 0.5,
     attention_weight: float = 0.5,
+    own: Sequence[Tensor] = (),
 ) -> Losses:
     """The losses of one forward.
 
     Args:
         student, teacher, target: outputs and what the data asks for, of one shape.
+        own: what layers ask for themselves.
         student_taps, teacher_taps: by layer, the parts of its attention output (picture, text), (B, tokens, C) each.
     """
     flow = F.mse_loss(student.float(), target.float())
@@ -56,7 +60,10 @@ def student_losses(
     total = flow_weight * flow + output_weight * output
     if layers:
         total = total + attention_weight * attention
-    return Losses(total, flow, output, attention, layers)
+    asked = torch.stack(list(own)).mean() if own else None
+    if asked is not None:
+        total = total + asked
+    return Losses(total, flow, output, attention, layers, asked)
 
 
 def matched_layers(names: Sequence[str], match: str) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..attn_processors import ATTN_PROCESSORS, AttnMethod, LayerCall
 from .config import DistillConfig
 from .losses import matched_layers
+from .optimizers import STATE_BYTES
 from .roles import TwoRoles
 
 __all__ = ["MemoryPlan", "known_models", "memory_plan"]
@@ -97,7 +98,7 @@ class MemoryPlan:
             ("frozen weights", self.frozen_bytes),
             ("trained weights, fp32", self.trained_bytes),
             ("gradients", self.gradient_bytes),
-            ("AdamW moments", self.optimizer_bytes),
+            ("optimiser", self.optimizer_bytes),
             ("averaged weights", self.average_bytes),
             ("activations", self.activation_bytes),
             ("in all", self.total_bytes),
@@ -140,7 +141,7 @@ def memory_plan(config: DistillConfig, *, size: tuple[int, int] = (1024, 1024), 
         "frozen_bytes": parameters * number // share,
         "trained_bytes": trained * 4 // share,
         "gradient_bytes": trained * 4 // share,
-        "optimizer_bytes": trained * 8 // share,
+        "optimizer_bytes": trained * STATE_BYTES[config.optimizer] // share,
     }
     return MemoryPlan(
         model=config.model, parameters=parameters, trained=trained, processes=processes, **counted,

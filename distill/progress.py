@@ -21,7 +21,8 @@ class TrainEvent:
 
     Attributes:
         step, steps: done so far, and in all.
-        numbers: the line of the log: losses, gradient norm, learning rate, samples per second, MiB of memory.
+        numbers: the line of the log: losses, gradient norm, learning rate, samples per second, MiB of memory, and the
+            seconds trained, in all sessions of the run.
         eta: estimated seconds until the end.
     """
 
@@ -34,19 +35,33 @@ class TrainEvent:
 class Meter:
     """Sums of the losses on the device, read only for the log, and the pace without pauses."""
 
-    def __init__(self, step: int, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, step: int, ranks: Ranks, before: float = 0.0):
+        """`before`: seconds trained in earlier sessions."""
+        self.ranks, self.before = ranks, before
         self.sums: dict[str, Tensor] = {}
         self.steps, self.seconds = 0, 0.0
         self._begun = step
         self.rest(step)
 
+    @property
+    def total(self) -> float:
+        """Seconds trained in all sessions, up to the last count."""
+        return self.before + self.seconds
+
+    def count(self, step: int) -> None:
+        """Count the time up to here: something else begins."""
+        self.seconds += time.monotonic() - self._clock
+        self.steps += step - self._from
+        self.rest(step)
+
     def rest(self, step: int) -> None:
-        """Something else took time: do not count it."""
+        """Something else took the time since the last count: leave it out."""
         self._clock, self._from = time.monotonic(), step
 
     def add(self, losses: Losses, count: int) -> None:
         names = {"loss": losses.total, "flow": losses.flow, "output": losses.output, "attention": losses.attention}
+        if losses.own is not None:
+            names["own"] = losses.own
         names |= {f"layer {name}": value for name, value in losses.layers.items()}
         for name, value in names.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() / count
@@ -57,12 +72,11 @@ class Meter:
         means = self.ranks.mean(torch.stack(list(self.sums.values())) / steps).tolist()
         numbers: dict[str, Any] = dict(zip(self.sums, means, strict=True))
         layers = {name.removeprefix("layer "): numbers.pop(name) for name in list(numbers) if name.startswith("layer ")}
-        self.seconds += time.monotonic() - self._clock
-        self.steps += step - self._from
+        self.count(step)
         pace = self.steps / self.seconds if self.seconds else 0.0
         self.sums, self._begun = {}, step
-        self.rest(step)
-        return {**numbers, "layers": layers, "samples_per_second": pace * batch, "memory_mib": self.ranks.memory()}
+        told = {"samples_per_second": pace * batch, "memory_mib": self.ranks.memory(), "seconds": self.total}
+        return {**numbers, "layers": layers, **told}
 
     def eta(self, steps: int) -> float:
         return steps * self.seconds / self.steps if self.steps else 0.0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..attn_processors import AttnMethod
 from ..attn_processors.installer import LayerFilter, denoisers, install
-from ..attn_processors.layer import EXTRA
+from ..attn_processors.layer import EXTRA, TOLD
 from .data import mixed
 from .linear_folder import DOWN, UP
 
@@ -98,12 +98,13 @@ class TwoRoles:
         self._frozen = list(self.model.parameters())
         self._training = self.model.training
         self.handle = install(target, method, layers=layers)
-        ((_, self._installation),) = self.handle.parts
+        ((self._context, self._installation),) = self.handle.parts
         self.layers = [swap.info.name for swap in self._installation.swaps]
         self._parts: list[_Part] = []
         self._extras: list[tuple[str, nn.Module, str, nn.Parameter]] = []  # name, layer, attribute, value
         self._hooks: list[Any] = []
         self._recorded: dict[str, dict[str, Tensor]] | None = None
+        self.told: dict[str, Tensor] = {}  # scalars that the layers of the last `recording` want to be small
         self._tapped: frozenset[str] = frozenset()
         try:
             self.model.eval().requires_grad_(False)
@@ -183,11 +184,13 @@ class TwoRoles:
         Close it before backward(): then what gradient checkpointing recomputes is not recorded again, and the tensors are
         those of the forward, through which gradients flow.
         """
-        self._recorded = {}
+        self._recorded, self.told = {}, {}
+        self._context.slots[TOLD] = self.told
         try:
             yield self._recorded
         finally:
             self._recorded = None
+            self._context.slots.pop(TOLD, None)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

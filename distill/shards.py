@@ -19,19 +19,27 @@ from torch import Tensor
 from ..pipelines.files import written_whole
 from .denoising import Size
 
-__all__ = ["EMPTY", "FORMAT", "INDEX", "VERSION", "Samples", "about_digest", "claim", "is_whole", "write_shard"]
+__all__ = [
+    "EMPTY", "FORMAT", "INDEX", "VERSION", "DamagedSample", "Samples", "about_digest", "claim", "is_whole", "write_shard",
+]  # fmt: skip
 
 FORMAT, VERSION = "reattend samples", 1
 INDEX, EMPTY = "dataset.json", "empty.safetensors"
 
 
+class DamagedSample(ValueError):
+    """A sample that is not what was written."""
+
+
 class Samples(torch.utils.data.Dataset):
     """The samples of a finished folder. Item i: {"latents": (...), "text": (T, C), ...} and whatever the model needs.
 
-    Files are opened on first use, so that a copy in another process opens its own.
+    Files are opened on first use, so that a copy in another process opens its own. `damaged` holds the samples of files that
+    cannot be opened; others are found out when they are read.
 
     Raises:
-        ValueError: if there are no samples at `folder`, for another format, or shards that are missing or damaged.
+        ValueError: if there are no samples at `folder`, for another format, or shards that are missing.
+        DamagedSample: for an item that is damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -41,21 +49,30 @@ class Samples(torch.utils.data.Dataset):
         self.about = read_index(self.folder)
         digest = about_digest(self.about)
         counts = self.about["shards"]
-        missing = [i for i in range(len(counts)) if not is_whole(self._file(i), digest, counts[i])]
+        states = [_state(self._file(i), digest, count) for i, count in enumerate(counts)]
+        missing = states.count("missing")
         if missing or not is_whole(self.folder / EMPTY, digest, 1):
             raise ValueError(
-                f"{self.folder} is not finished: {len(missing)} of {len(counts)} shards are missing or damaged; run "
-                "reattend distill data again with the same options, which makes only those"
+                f"{self.folder} is not finished: {missing} of {len(counts)} shards are missing; run reattend distill data "
+                "again with the same options, which makes only what is not there"
             )
         self.starts = np.cumsum([0, *counts])
+        self.damaged = frozenset(
+            index for i, state in enumerate(states) if state == "damaged"
+            for index in range(int(self.starts[i]), int(self.starts[i + 1]))
+        )  # fmt: skip
         self._open: dict[int, tuple[Any, list[str]]] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._read(shard, int(index - self.starts[shard]))
+        return self._read(*self._place(index))
+
+    def where(self, index: int) -> tuple[Path, int]:
+        """File of a sample, and its number in it."""
+        shard, place = self._place(index)
+        return self._file(shard), place
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
@@ -77,23 +94,31 @@ class Samples(torch.utils.data.Dataset):
             found.setdefault(tuple(size), []).extend(range(int(self.starts[shard]), int(self.starts[shard + 1])))
         return {size: np.array(indices) for size, indices in found.items()}
 
+    def _place(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, int(index - self.starts[shard])
+
     def _file(self, shard: int) -> Path:
         return self.folder / (EMPTY if shard < 0 else f"shard-{shard:05d}.safetensors")
 
     def _read(self, shard: int, place: int) -> dict[str, Tensor]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if shard not in self._open:
-            file = safe_open(self._file(shard), framework="pt")
-            self._open[shard] = file, json.loads(file.metadata()["samples"])
-        file, digests = self._open[shard]
         prefix = f"{place}."
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
-        sample = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        if _sample_digest(sample) != digests[place]:
-            raise ValueError(
-                f"{self._file(shard)} is damaged: sample {place} is not what was written; delete the file and run "
-                "reattend distill data again, which makes it anew"
+        try:
+            if shard not in self._open:
+                file = safe_open(self._file(shard), framework="pt")
+                self._open[shard] = file, json.loads(file.metadata()["samples"])
+            file, digests = self._open[shard]
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dict
+            sample = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            problem = None if _sample_digest(sample) == digests[place] else "it is not what was written"
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if problem is not None:
+            raise DamagedSample(
+                f"{self._file(shard)} is damaged: sample {place}: {problem}; delete the file and run reattend distill data "
+                "again, which makes it anew"
             )
         return {name: value[0] for name, value in sample.items()}
 
@@ -141,14 +166,23 @@ def write_shard(file: Path, made: list[dict[str, Tensor]], captions: list[str], 
 
 def is_whole(file: Path, digest: str, count: int) -> bool:
     """Whether a shard is there, of this data set, and as long as its header says; samples are checked when read."""
+    return _state(file, digest, count) == "whole"
+
+
+def _state(file: Path, digest: str, count: int) -> str:
+    """Of a shard: "whole", "damaged", or "missing", which one of other samples is too."""
     from safetensors import SafetensorError, safe_open
 
+    if not file.is_file():
+        return "missing"
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError):
-        return False
-    return metadata.get("made_from") == digest and len(json.loads(metadata.get("samples", "[]"))) == count
+        return "damaged"
+    if metadata.get("made_from") != digest or len(json.loads(metadata.get("samples", "[]"))) != count:
+        return "missing"
+    return "whole"
 
 
 def about_digest(about: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ captions. So a run that was stopped goes on bit for bit, and the number of proce
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -17,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
 from ..pipelines.events import CancelToken
 from ..pipelines.files import check_writable
-from . import checkpoint
 from .batches import Batches, learning_rate
 from .config import DistillConfig
 from .data import make_dataset, mixed, read_prompts
@@ -34,6 +35,8 @@ from .progress import Meter, TrainEvent
 from .ranks import Ranks
 from .roles import TwoRoles
 from .shards import Samples
+from .sparing import Damages, Sparing
+from .state import TrainState
 from .validation import validate
 
 __all__ = ["Trained", "distill"]
@@ -96,14 +99,13 @@ def distill(
 
 
 class Run:
-    """Teacher, student, optimiser and averaged weights of one run, and where it is."""
+    """One run: teacher and student, samples, and the state that training changes."""
 
     def __init__(self, config: DistillConfig, pipe: Any, samples: Samples, ranks: Ranks):
-        from diffusers.training_utils import EMAModel
-
         self.config, self.pipe, self.samples, self.ranks = config, pipe, samples, ranks
         self.denoising: Denoising = denoising_of(pipe)
         self.batches = Batches(samples.groups(), config.batch, config.seed)
+        self.damages = Damages(samples)
         ranks.accumulation(config)  # raises
         settings = {key: value for key, value in config.attention.items() if key != "name"}
         self.method = ATTN_PROCESSORS[config.attention["name"]].from_settings(settings)
@@ -117,16 +119,8 @@ class Run:
             if config.checkpointing:
                 model.enable_gradient_checkpointing()
             self.wrapped = ranks.wrapped(model, config)
-            self.trained = self.roles.trained()
-            for parameter in self.trained.values():
-                parameter.requires_grad_(True)
-            self.parameters = list(self.trained.values())
-            self.optimizer = ranks.accelerator.prepare_optimizer(
-                torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-            )
-            self.ema = EMAModel(self.parameters, decay=config.ema) if config.ema else None
-            self.step, self.bad, self.saved = 0, 0, -1
-            self._resume()
+            self.state = TrainState(self.roles.trained(), config, ranks)
+            self.state.resume(samples)
         except BaseException:
             self.close()
             raise
@@ -134,35 +128,34 @@ class Run:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, on_step: Callable[[TrainEvent], None] | None, stop: CancelToken) -> Trained:
-        config, ranks = self.config, self.ranks
+        config, ranks, state = self.config, self.ranks, self.state
         if ranks.first:
             config.write(config.out / "config.json")
-            _cut_log(config.out / "log.jsonl", self.step)
+            _cut_log(config.out / "log.jsonl", state.step)
         ranks.track(config)
-        meter = Meter(self.step, ranks)
+        meter = Meter(state.step, ranks, state.seconds)
         stopped = False
         for size, micros in self.read():
             if stopped := ranks.any(stop.requested):
                 break
-            lr = learning_rate(config, self.step)
+            lr = learning_rate(config, state.step)
             norm = self.learn(size, micros, lr, meter)
-            self.step += 1
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                numbers = {"step": self.step, **meter.read(self.step, config.batch), "gradient_norm": norm, "lr": lr}
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                numbers = {"step": state.step, **meter.read(state.step, config.batch), "gradient_norm": norm, "lr": lr}
                 self._tell(numbers, on_step, meter)
-            if config.validate_every and self.step % config.validate_every == 0:
+            if config.validate_every and state.step % config.validate_every == 0:
+                meter.count(state.step)
                 self._validate()
-                meter.rest(self.step)
-            if self.step % config.save_every == 0:
-                self.save()
-                meter.rest(self.step)
-        self.save()
-        finished = self.step >= config.steps and not stopped
+                meter.rest(state.step)
+            if state.step % config.save_every == 0:
+                self._save(meter)
+        self._save(meter)
+        finished = state.step >= config.steps and not stopped
         student = config.out / "student"
         self.write_student(student)
         if config.ema and finished:
             self.write_student(config.out / "student-raw", averaged=False)
-        return Trained(self.step, finished, student)
+        return Trained(state.step, finished, student)
 
     def learn(
         self, size: Size, micros: Iterator[tuple[dict[str, Tensor], list[int]]], lr: float, meter: Meter
@@ -178,22 +171,7 @@ class Run:
                 with roles.student():  # what is recomputed in backward is the student
                     ranks.accelerator.backward(losses.total / count)
             meter.add(losses, count)
-        norm = ranks.clip(self.optimizer, self.parameters, config.clip)
-        good = math.isfinite(norm)
-        if good or config.precision == "float16":  # there the scaler has to hear of it; it skips the step itself
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        if good and self.ema is not None:
-            self.ema.step(self.parameters)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.bad = 0 if good else self.bad + 1
-        if self.bad >= config.bad_steps:
-            raise RuntimeError(
-                f"the gradients were no numbers {self.bad} steps in a row (step {self.step + 1}); the last checkpoint is "
-                "good: lower lr, or use precision bfloat16 or float32"
-            )
-        return norm
+        return self.state.update(lr)
 
     def losses(self, size: Size, sample: dict[str, Tensor], places: list[int]) -> Losses:
         """Teacher, student and their losses on one micro batch, whose samples have these places in the batch."""
@@ -218,7 +196,7 @@ class Run:
         taps = [{layer: [kept[key] for key in sorted(kept)] for layer, kept in taps.items()} for taps in (ours, theirs)]
         return student_losses(
             student, teacher, target, *taps, flow_weight=config.flow_weight, output_weight=config.output_weight,
-            attention_weight=config.attention_weight,
+            attention_weight=config.attention_weight, own=list(roles.told.values()),
         )  # fmt: skip
 
     def draw(self, places: list[int], shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +205,7 @@ class Run:
         share = (0.1 if self.denoising.compares else 0.0) if config.dropout is None else config.dropout
         noises, levels, dropped = [], [], []
         for place in places:
-            generator = torch.Generator().manual_seed(mixed(config.seed, self.step, place))
+            generator = torch.Generator().manual_seed(mixed(config.seed, self.state.step, place))
             normal = torch.randn(1, generator=generator)
             uniform, chance = torch.rand(2, 1, generator=generator).unbind(0)
             levels.append(normal.sigmoid() if config.times == "logit-normal" else uniform)
@@ -239,43 +217,23 @@ class Run:
         """From the present step on: the size of each batch, and this process's micro batches with their places."""
         config, ranks = self.config, self.ranks
         places = ranks.places(config)
-        plan = [self.batches.at(step) for step in range(self.step, config.steps)]
-        chosen = [[int(indices[place]) for place in micro] for _, indices in plan for micro in places]
-        loader = iter(
-            torch.utils.data.DataLoader(
-                self.samples, batch_sampler=chosen, num_workers=config.workers, pin_memory=ranks.device.type == "cuda"
-            )
-        )
+        steps = (self.batches.at(step) for step in range(self.state.step, config.steps))
+        plan, read, asked = itertools.tee(steps, 3)  # the loader may be ahead by a few
+        loader = torch.utils.data.DataLoader(
+            Sparing(self.samples), batch_sampler=_micros(read, places), num_workers=config.workers,  # type: ignore[arg-type]
+            pin_memory=ranks.device.type == "cuda",
+        )  # fmt: skip
+        batches = map(self.damages.taken, loader, _micros(asked, places))
         for size, _ in plan:
-            yield size, ((next(loader), micro) for micro in places)
+            yield size, ((next(batches), micro) for micro in places)
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint, unless this step has one."""
-        if self.saved == self.step:
-            return
-        config, scaler = self.config, self.ranks.accelerator.scaler
-        numbers = {
-            "config": json.loads(config.to_json()),
-            "samples": self.samples.digest,
-            "bad": self.bad,
-            "ema_steps": self.ema.optimization_step if self.ema else 0,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
-        checkpoint.save(
-            config.out / "checkpoints", self.step, self._state(), numbers, self.write_student, keep=config.keep,
-            writes=self.ranks.first,
-        )  # fmt: skip
-        self.saved = self.step
-        self.ranks.wait()
-
     def write_student(self, folder: Path, averaged: bool = True) -> None:
         """The folder that `load_linear` installs, with the averaged weights if there are any."""
-        values = dict(zip(self.trained, self.ema.shadow_params, strict=True)) if averaged and self.ema else self.trained
-        tensors = {name: checkpoint.whole(value) for name, value in values.items()}
+        tensors = self.state.values(averaged)
         if self.ranks.first:
-            info = {"base": self.config.model, "steps": self.step, "batch": self.config.batch}
+            info = {"base": self.config.model, "steps": self.state.step, "batch": self.config.batch}
             stored, layers = self.roles.stored(tensors), self.roles.layers
             save_linear(folder, self.roles.model, self.method, stored, layers=layers, info=info)
 
@@ -287,84 +245,58 @@ class Run:
         if self.config.parallel == "ddp":
             self.roles.remove()
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for place, (name, parameter) in enumerate(self.trained.items()):
-            yield f"trained.{name}", checkpoint.whole(parameter)
-            if self.ema is not None:
-                yield f"ema.{name}", checkpoint.whole(self.ema.shadow_params[place])
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{key}.{name}", checkpoint.whole(value)
-
-    def _resume(self) -> None:
-        config = self.config
-        found = checkpoint.newest(config.out / "checkpoints")
-        if found is None:
-            return
-        about, file = found
-        before = DistillConfig.from_values(about["config"], f"{file}")
-        if (name := before.conflict(config)) is not None:
-            raise ValueError(
-                f"{config.out} holds a run with {name}={getattr(before, name)!r}, asked is {getattr(config, name)!r}; go on "
-                "with the same options, or choose another --out"
-            )
-        if about["samples"] != self.samples.digest:
-            raise ValueError(f"the run in {config.out} began on other samples than those in {self.samples.folder}")
-        targets: dict[str, Tensor] = {f"trained.{name}": value for name, value in self.trained.items()}
-        if self.ema is not None:
-            targets |= {f"ema.{name}": value for name, value in zip(self.trained, self.ema.shadow_params, strict=True)}
-            self.ema.optimization_step = about["ema_steps"]
-        for name, value in checkpoint.restore(file, targets):
-            _, key, path = name.split(".", 2)
-            parameter = self.trained[path]
-            kept = self.optimizer.state.setdefault(parameter, {})
-            kept[key] = value if value.ndim == 0 else checkpoint.like(value, parameter)
-        if about["scaler"] and self.ranks.accelerator.scaler is not None:
-            self.ranks.accelerator.scaler.load_state_dict(about["scaler"])
-        self.step = self.saved = about["step"]
-        self.bad = about["bad"]
+    def _save(self, meter: Meter) -> None:
+        meter.count(self.state.step)
+        self.state.seconds = meter.total
+        self.state.save(self.samples, self.write_student)
+        meter.rest(self.state.step)
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
     def _tell(self, numbers: dict[str, Any], on_step: Callable[[TrainEvent], None] | None, meter: Meter) -> None:
         if not self.ranks.first:
             return
+        if self.damages.met:
+            numbers["damaged_samples"] = len(self.damages.met)  # that this process met
         with (self.config.out / "log.jsonl").open("a") as lines:
             lines.write(json.dumps(numbers) + "\n")
         flat = {key: value for key, value in numbers.items() if isinstance(value, (int, float)) and key != "step"}
-        self.ranks.accelerator.log(flat, step=self.step)
+        self.ranks.accelerator.log(flat, step=self.state.step)
         if on_step is not None:
-            on_step(TrainEvent(self.step, self.config.steps, numbers, meter.eta(self.config.steps - self.step)))
+            on_step(
+                TrainEvent(self.state.step, self.config.steps, numbers, meter.eta(self.config.steps - self.state.step))
+            )
 
     def _validate(self) -> None:
         """Pictures of the student beside the teacher; sharded models need every process for them."""
         if self.config.parallel == "ddp" and not self.ranks.first:
             self.ranks.wait()
             return
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-        try:
+        with self.state.averaged():
             error = validate(
-                self.pipe, self.roles, self.samples, self.config, self.step,
+                self.pipe, self.roles, self.samples, self.config, self.state.step,
                 autocast=self.ranks.accelerator.autocast, writes=self.ranks.first,
             )  # fmt: skip
-        finally:
-            if self.ema is not None:
-                self.ema.restore(self.parameters)
         if self.ranks.first:
             with (self.config.out / "log.jsonl").open("a") as lines:
-                lines.write(json.dumps({"step": self.step, "validation_latent_error": error}) + "\n")
+                lines.write(json.dumps({"step": self.state.step, "validation_latent_error": error}) + "\n")
         if self.config.parallel == "ddp":
             self.ranks.wait()
 
     def _shrunk(self, size: Size) -> Any:
         """The method with the radius of this step: from the picture's diagonal down to its own, in whole tokens."""
-        left = 1 - min(self.step / self.config.radius_steps, 1.0)
+        left = 1 - min(self.state.step / self.config.radius_steps, 1.0)
         most = math.hypot(*self.denoising.grid(size)) + 1
         assert isinstance(self.method, ClearAttnProcessor) and isinstance(self.roles.method, ClearAttnProcessor)
         target = self.method.radius
         radius = target if left == 0 else max(target, float(math.ceil(target + left * (most - target))))
         return self.roles.method if radius == self.roles.method.radius else replace(self.method, radius=radius)
+
+
+def _micros(steps: Iterator[tuple[Size, np.ndarray]], places: list[list[int]]) -> Iterator[list[int]]:
+    """The samples of each micro batch: of every step those at these places of its batch."""
+    for _, indices in steps:
+        yield from ([int(indices[place]) for place in micro] for micro in places)
 
 
 def _samples(config: DistillConfig, pipe: Any, ranks: Ranks) -> Samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .roles import TwoRoles
     from .shards import Samples
 
-__all__ = ["picture", "validate"]
+__all__ = ["picture", "pictures", "validate"]
 
 
 def validate(
@@ -58,11 +58,24 @@ def validate(
     return sum(errors) / len(errors)
 
 
-@torch.no_grad()
 def picture(
     pipe: Any, prompt: str, size: tuple[int, int], steps: int, seed: int, text_length: int | None = None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """One stock call: the picture, uint8 (H, W, 3), and the latents it was decoded from."""
+    """One stock call: the picture, uint8 (H, W, 3), and the latents it was decoded from, (1, ...)."""
+    made, latents = pictures(pipe, [prompt], size, steps, [seed], text_length)
+    return made[0], latents
+
+
+@torch.no_grad()
+def pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    steps: int,
+    seeds: Sequence[int],
+    text_length: int | None = None,
+) -> tuple[np.ndarray, torch.Tensor]:
+    """One stock call for several prompts, each with the noise of its own seed: uint8 (B, H, W, 3) and latents (B, ...)."""
     kept: dict[str, torch.Tensor] = {}
 
     def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def picture(
     more = {} if text_length is None else {"max_sequence_length": text_length}
     with without_progress_bar(pipe):
         made = pipe(
-            prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps, output_type="np",
-            generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, **more,
-        ).images[0]  # fmt: skip
+            prompt=list(prompts), width=size[0], height=size[1], num_inference_steps=steps, output_type="np",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], callback_on_step_end=keep, **more,
+        ).images  # fmt: skip
     return (np.nan_to_num(made) * 255).round().clip(0, 255).astype(np.uint8), kept["latents"]

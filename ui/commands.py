@@ -174,6 +174,8 @@ class Ui:
     """What visitors must type."""
     out: Path = OUT
     """Folder for pictures; the only one the page can read."""
+    runs: Path = Path("runs")
+    """Folder under which trainings (`reattend distill run`) are found, to be watched."""
     no_browser: bool = False
     """Do not open a browser window."""
 
@@ -182,7 +184,7 @@ class Ui:
 
         launch(
             model=self.model, host=self.host, port=self.port, share=self.share, password=self.password, out=self.out,
-            open_browser=not self.no_browser,
+            runs=self.runs, open_browser=not self.no_browser,
         )  # fmt: skip
 
 

@@ -222,6 +222,11 @@ def fill_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     check_model(recipe.model, models)
     if recipe.video is not None:
         raise ValueError("The recipe makes a film; load it on the tab Long video.")
+    if recipe.linear is not None:
+        raise ValueError(
+            "The recipe draws with a linear student, which this page does not open from a file; "
+            "use it on the command line: reattend image --recipe."
+        )
     if recipe.upscale is not None:
         raise ValueError("The recipe enlarges its picture; load it on the tab Upscale.")
     if len(recipe.attention) > 1:

@@ -73,8 +73,8 @@ class Result(Protocol):
 class Made:
     """A finished picture or film: its file, the recipe file beside it, the recipe that repeats it, and the seconds it took.
 
-    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own. `sheet` is the picture that
-    stands for a film.
+    `smaller` are the files of what it grew from, smallest first, each with a recipe of its own; `beside` is the picture it
+    is to be compared with. `sheet` is the picture that stands for a film.
     """
 
     file: Path
@@ -82,6 +82,7 @@ class Made:
     recipe: Recipe
     seconds: float
     smaller: tuple[Path, ...] = ()
+    beside: Path | None = None
     sheet: Path | None = None
 
     @property
@@ -98,6 +99,8 @@ class Made:
         """The file names in words."""
         if self.sheet is not None:
             return f"{self.file.name}, its contact sheet as {self.sheet.name}"
+        if self.beside is not None:
+            return f"{self.beside.name} and {self.file.name}"
         if not self.smaller:
             return self.file.name
         return f"{self.file.name}, and smaller as {', '.join(file.name for file in self.smaller)}"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 UPLOAD_LIMIT = "20mb"  # a recipe travels in a picture; a 2048 x 2048 PNG has about 8 MB
+RUNS = Path("runs")
 WAITING_LIMIT = 32  # requests that may wait for the server
 
 CSS = """
@@ -46,6 +47,16 @@ CSS = """
 .status .bar { height: 0.45rem; border-radius: 1rem; overflow: hidden; background: var(--border-color-primary); }
 .status .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); transition: width 0.3s; }
 .status .bar.unknown div { width: 30% !important; animation: to-and-fro 1.6s ease-in-out infinite alternate; }
+table.facts { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table.facts :is(tr, th, td) { border: 0 !important; background: none !important; }
+table.facts th { width: 9rem; text-align: left; font-weight: 400; color: var(--body-text-color-subdued); }
+table.facts :is(th, td) { padding: 0.15rem 0.5rem 0.15rem 0 !important; vertical-align: top; overflow-wrap: anywhere; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 0.9rem; }
+.pairs figure { margin: 0; }
+.pairs figcaption { font-weight: 600; margin-bottom: 0.25rem; }
+.pairs img { width: 100%; border-radius: var(--radius-md); }
+.pairs figure div { display: flex; color: var(--body-text-color-subdued); font-size: 0.85em; }
+.pairs figure span { flex: 1; text-align: center; }
 @keyframes to-and-fro { from { margin-left: 0; } to { margin-left: 70%; } }
 """
 
@@ -67,17 +78,19 @@ class Page:
         self._undo.close()
 
 
-def build(worker: Worker, models: Sequence[str], out: Path = Path("out")) -> gr.Blocks:
+def build(worker: Worker, models: Sequence[str], out: Path = Path("out"), runs: Path = RUNS) -> gr.Blocks:
     """The page without a server.
 
     Args:
         worker: does the work of all browser sessions, one after another.
         models: the models to offer; at least one.
         out: the folder for what is saved.
+        runs: folder under which trainings are found.
     """
     import gradio as gr
 
     from .film_job import film_models
+    from .tabs.distill import distill_tab
     from .tabs.film import film_tab
     from .tabs.image import image_tab
     from .tabs.story import story_tab
@@ -100,6 +113,8 @@ def build(worker: Worker, models: Sequence[str], out: Path = Path("out")) -> gr.
                 story_tab(worker, pictures, out)
             with gr.Tab("Long video", id="film"):
                 film_tab(worker, films)
+            with gr.Tab("Distill", id="distill"):
+                distill_tab(worker, runs, blocks)
     return blocks.queue(max_size=WAITING_LIMIT, api_open=False)
 
 
@@ -111,6 +126,7 @@ def start(
     share: bool = False,
     password: str | None = None,
     out: Path = Path("out"),
+    runs: Path = RUNS,
 ) -> Page:
     """Start the page's server in the background.
 
@@ -120,16 +136,17 @@ def start(
         port: the port; None takes the first free one from 7860.
         share: also open a public gradio.live address; needs a password.
         password: what people must type first, with any user name.
-        out: the folder for pictures; the only one that can be read through the page.
+        out: the folder for pictures; the only one whose files can be read through the page.
+        runs: the folder under which trainings are found, to be watched; of these only what the page shows can be seen.
 
     Raises:
         ValueError: one sentence on what cannot be done.
     """
     from ..pipelines.recipe import Recipe
     from .film_job import FilmJob
-    from .image_job import ImageJob
     from .jobs import by_class
     from .story_job import Order, StoryJob
+    from .student_job import StudentJob
 
     check_access(host, share, password)
     out = output_folder(out)
@@ -138,7 +155,7 @@ def start(
         raise ValueError("There is no bundled model in this installation; name a folder or hub id with --model.")
     with contextlib.ExitStack() as undo:
         undo.enter_context(own_temporary_folder())
-        pictures = ImageJob(out)
+        pictures = StudentJob(out)
         films = FilmJob(out, pictures.pipe)  # one model in memory at a time
 
         def drawn(recipe: Recipe, *how: Any) -> Any:
@@ -146,7 +163,7 @@ def start(
 
         worker = Worker(by_class({Recipe: drawn, Order: StoryJob(out, pictures.pipe)}))
         undo.callback(worker.close)
-        blocks = build(worker, models, out=out)
+        blocks = build(worker, models, out=out, runs=Path(runs).expanduser().resolve())
         undo.callback(blocks.close, verbose=False)
         with _server_errors(host, port):
             _, url, share_url = blocks.launch(
@@ -182,10 +199,11 @@ def launch(
     share: bool = False,
     password: str | None = None,
     out: Path = Path("out"),
+    runs: Path = RUNS,
     open_browser: bool = False,
 ) -> None:
     """Start the page, say where it is, and serve until Ctrl-C. Arguments and errors as for `start`."""
-    page = start(model=model, host=host, port=port, share=share, password=password, out=out)
+    page = start(model=model, host=host, port=port, share=share, password=password, out=out, runs=runs)
     try:
         print(f"Reattend is at {page.url} (stop with Ctrl-C). Pictures go to {out}.")
         if share:

@@ -37,7 +37,12 @@ FORMS = {
     "inline": (partial(inline_attention, scale=0.4), partial(inline_reference, scale=0.4)),
     "flow": (flow_attention, flow_reference),
 }
-TRAINED = ["linear", "inline", "flow", "agent-joint"]
+TRAINED = ["linear", "inline", "flow", "agent-joint", "routed"]
+SETTINGS = {
+    "neighborhood": {"radius": 2},
+    "mixture-of-heads": {"radius": 2, "active": 0.5},
+    "routed": {"tile": (2, 3), "topk": 2},
+}
 TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 2e-5,
@@ -115,12 +120,11 @@ def test_the_convolution_stays_in_its_channel_and_knows_the_grid():
 
 
 @pytest.mark.parametrize("pipe", ["flux", "sd3", "sd"])
-@pytest.mark.parametrize("name", [*TRAINED, "neighborhood"])
+@pytest.mark.parametrize("name", [*TRAINED, "neighborhood", "mixture-of-heads"])
 def test_every_form_runs_in_every_kind_of_layer_and_leaves_without_a_trace(name, pipe, request):
     pipe = request.getfixturevalue(pipe)
     want = tiny.run(pipe, height=32, width=48)
-    settings = {"radius": 2} if name == "neighborhood" else {}
-    with installed(pipe, name, **settings):
+    with installed(pipe, name, **SETTINGS.get(name, {})):
         got = tiny.run(pipe, height=32, width=48)
     assert got.isfinite().all() and not torch.allclose(got, want, atol=1e-4)
     assert torch.equal(tiny.run(pipe, height=32, width=48), want)
@@ -133,10 +137,10 @@ def test_neighborhood_is_clear_in_squares(flux):
         assert torch.equal(tiny.run(flux, height=32, width=48), got)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, "mixture-of-heads"])
 def test_new_parameters_change_nothing_before_they_are_trained(name, flux):
     model, ids = flux.transformer, image_ids(4, 6)
-    handle = install(model, name)
+    handle = install(model, name, **SETTINGS.get(name, {}))
     want = denoise_flux(model, ids, batch=2)
     ((_, item),) = handle.parts
     added = []

@@ -41,7 +41,7 @@ def test_processes_share_the_shards_and_what_is_missing_is_made_again(flux, tmp_
     made = {"prompts": ["a", "b", "c"], "samples": 5, "shard": 2, **QUICK}
     one = Samples(make_dataset(flux, tmp_path / "one", **made))
     make_dataset(flux, tmp_path / "two", part=(1, 2), **made)
-    with pytest.raises(ValueError, match="is not finished: 2 of 3 shards are missing"):
+    with pytest.raises(ValueError, match="is not finished: 2 of 3 shards are missing; run"):
         Samples(tmp_path / "two")
     told = []
     make_dataset(flux, tmp_path / "two", part=(0, 2), on_progress=lambda *pair: told.append(pair), **made)
@@ -66,14 +66,22 @@ def test_a_sample_does_not_depend_on_the_batch_it_was_made_in(flux, tmp_path):
         torch.testing.assert_close(a[i]["latents"], b[i]["latents"], atol=ROUNDING, rtol=0)
 
 
-def test_a_flipped_bit_is_found(flux, tmp_path):
-    folder = make_dataset(flux, tmp_path, prompts=["a"], **QUICK)
-    file = folder / "shard-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"shard-00000.safetensors is damaged: sample 0 .* delete the file"):
-        Samples(folder)[0]
+def test_pictures_that_cannot_be_read_are_left_out_and_told_unless_they_are_many(flux, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:1500])  # opens, and ends in the middle
+    samples = Samples(make_dataset(flux, tmp_path / "out", pictures=tmp_path, text_length=16, sizes=[(32, 32)]))
+    assert len(samples) == 3
+    with safe_open(tmp_path / "out" / "shard-00000.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["captions"]) == ["picture 0", "picture 2", "picture 3"]
+    (told,) = caplog.messages
+    assert "left out: cannot read the picture" in told and "1.png" in told and "(1 of 4 pictures up to now)" in told
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"2 of 4 pictures in .* cannot be read, the last is 3.png; more than 5%"):
+        make_dataset(flux, tmp_path / "two", pictures=tmp_path, text_length=16, sizes=[(32, 32)])
+    assert not (tmp_path / "two").exists()
 
 
 def test_pictures_go_to_the_nearest_size_and_are_encoded(flux, tmp_path):

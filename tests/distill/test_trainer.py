@@ -22,7 +22,7 @@ from reattend.attn_processors import ATTN_PROCESSORS
 from reattend.attn_processors.families import family_of
 from reattend.distill import distill, load_linear
 from reattend.distill import trainer as trainer_module
-from reattend.distill.batches import learning_rate
+from reattend.distill.batches import Batches, learning_rate
 from reattend.distill.checkpoint import checkpoints, newest, save
 from reattend.distill.shards import Samples
 from reattend.distill.trainer import Run
@@ -131,7 +131,7 @@ def test_gradients_are_the_same_with_checkpointing_accumulation_and_not(flux, co
         with joined as ranks:
             run = make(ranks)
             kept = {}
-            run.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.trained.items()})
+            run.state.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.state.trained.items()})
             for size, micros in run.read():
                 run.learn(size, micros, 0.0, trainer_module.Meter(0, ranks))
             run.close()
@@ -251,6 +251,15 @@ def test_steps_whose_loss_is_no_number_change_nothing_and_many_of_them_end_the_r
         distill(replace(settings, bad_steps=3, out=settings.out.with_name("bad")), pipe=flux)
 
 
+def test_samples_are_asked_for_as_they_are_needed(flux, config, monkeypatch):
+    asked: list[int] = []
+    at = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda batches, step: asked.append(step) or at(batches, step))
+    token, on_step = stop_after(3)
+    assert distill(config(steps=10**9, log_every=1), pipe=flux, on_step=on_step, cancel=token).step == 3
+    assert max(asked) <= 4
+
+
 def test_a_run_is_not_continued_with_other_options_or_samples(flux, config, tmp_path):
     settings = config(steps=2)
     distill(settings, pipe=flux)
@@ -330,9 +339,21 @@ def test_a_state_of_another_shape_is_refused(flux, config):
         distill(replace(settings, steps=2), pipe=flux)
 
 
-@pytest.mark.parametrize("name", ["neighborhood", "linear", "inline", "flow", "agent-joint"])
-def test_every_linear_form_trains_and_its_student_loads(name, flux, config):
-    settings = {"radius": 2} if name == "neighborhood" else {}
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("neighborhood", {"radius": 2}),
+        ("linear", {}),
+        ("inline", {}),
+        ("flow", {}),
+        ("agent-joint", {}),
+        ("routed", {"tile": (2, 2), "topk": 4}),
+        ("mixture-of-heads", {"radius": 3, "active": 0.5, "shared": 0.0}),
+        ("mixture-of-heads", {"radius": 3, "active": 1.0, "shared": 0.0, "route": "sample"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_every_linear_form_trains_and_its_student_loads(name, settings, flux, config):
     asked = config(
         steps=12, ema=0, flow_weight=0.0, lr=3e-3, attention={"name": name, **settings}, batch=4, micro_batch=4
     )

@@ -19,12 +19,13 @@ QUIET = (  # nothing but the page: no sandbox (root in a container), no graphics
 
 @pytest.fixture(scope="session")
 def served(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A running page that offers the tiny pipeline; its pictures go to `served.out`."""
+    """A running page that offers the tiny pipeline; its pictures go to `served.out`, trainings are found in `served.runs`."""
     from reattend.ui.page import start
 
-    out = tmp_path_factory.mktemp("page") / "out"
-    page = start(model=str(sd_folder), out=out)
-    page.out = out
+    folder = tmp_path_factory.mktemp("page")
+    out, runs = folder / "out", folder / "runs"
+    page = start(model=str(sd_folder), out=out, runs=runs)
+    page.out, page.runs = out, runs
     yield page
     page.close()
 

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,62 @@ def test_stop_ends_enlarging_and_the_line_tells_the_size(page, gate):
     gate.opened.set()
     expect(line).to_contain_text("Stopped at step")
     expect(page.locator("#upscale-generate")).to_be_enabled()
+
+
+def test_the_distill_tab_watches_a_training_and_tries_its_student(page, served, tmp_path):
+    import tiny
+
+    from reattend.distill import DistillConfig, distill, make_dataset
+
+    page.get_by_role("tab", name="Distill").click()
+    line = page.locator("#distill-state [role=status]")
+    expect(page.locator("#distill-none")).to_contain_text("reattend distill run")
+    expect(line).to_be_hidden()
+    keep_screenshot(page, "distill-empty")
+
+    pipe = tiny.fresh(tiny.flux_pipeline())
+    pipe.save_pretrained(tmp_path / "model")
+    data = make_dataset(
+        pipe, tmp_path / "data", prompts=["a cat"], samples=8, steps=1, sizes=[(32, 32)], text_length=16
+    )
+    config = DistillConfig(
+        model=str(tmp_path / "model"), data=data, out=served.runs / "clear", steps=20, batch=4, lr=1e-3, log_every=1,
+        attention={"name": "clear", "radius": 2}, validate_every=10, validation_prompts=("a cat on sand", "a blue car"),
+        validation_steps=2,
+    )  # fmt: skip
+    distill(config, pipe=pipe)
+    expect(line).to_have_text("Finished: step 20 of 20.")  # it appeared by itself
+    expect(page.locator("#distill-none")).to_be_hidden()
+    expect(page.locator("#distill-run input")).to_have_value("clear")
+    facts = page.locator("#distill-facts")
+    expect(facts).to_contain_text("clear, radius 2, pattern disc")
+    expect(facts).to_contain_text("samples a second")
+    for curve in ("loss", "output", "attention", "validation_latent_error"):
+        expect(page.locator(f"#distill-curve-{curve} canvas, #distill-curve-{curve} svg").first).to_be_visible()
+    expect(page.locator("#distill-pictures img")).to_have_count(2)
+    expect(page.locator("#distill-pictures")).to_contain_text("a cat on sand")
+    choose(page, "distill-step", "10")
+    expect(page.locator("#distill-pictures")).to_contain_text("student, step 10")
+
+    fill(page, **{"distill-prompt": "a red cat", "distill-steps": "2", "distill-seed": "5"})
+    page.locator("#distill-draw").click()
+    status_line = page.locator("#distill-status [role=status]")
+    expect(status_line).to_contain_text("Done in")
+    answers = [
+        page.request.get(page.locator(f"#distill-{who} img").get_attribute("src")).body()
+        for who in ("teacher", "student")
+    ]
+    recipes = [recipe_in(png) for png in answers]
+    assert [recipe.seed for recipe in recipes] == [5, 5] and recipes[0].linear is None
+    assert Path(recipes[1].linear) == served.runs / "clear" / "student"
+    assert Image.open(io.BytesIO(answers[0])).size == (32, 32)
+    keep_screenshot(page, "distill")
+
+    distill(replace(config, steps=24), pipe=pipe)
+    expect(line).to_have_text("Finished: step 24 of 24.")
+    expect(facts).to_contain_text("after step 24")
+    page.locator("#distill-prompt textarea").fill("")
+    page.locator("#distill-draw").click()
+    expect(page.locator("#distill-status .bad")).to_contain_text("prompt is empty")
+    secret = served.runs / "clear" / "config.json"
+    assert page.request.get(f"{served.url}gradio_api/file={secret}").status == 403

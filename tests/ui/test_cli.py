@@ -276,6 +276,7 @@ def test_ui_hands_its_options_to_the_page(monkeypatch):
     assert not seen["share"]
     assert not seen["open_browser"]
     assert seen["password"] is None
+    assert seen["runs"] == Path("runs")
 
 
 def test_help_does_not_import_anything_heavy():

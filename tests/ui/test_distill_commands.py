@@ -91,6 +91,7 @@ def test_a_student_is_compared_with_its_teacher(own, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 2 and found["latent_error"]["mean"] > 0
     assert (found["scores"] is None) == own
+    assert 0 < found["student_flops"]["attention"] < found["student_flops"]["model"]
     assert main([*argv[:2], "nothing", *argv[3:]]) == 2
     assert "there is no student at nothing" in capsys.readouterr().err
 

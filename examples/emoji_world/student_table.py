@@ -1,0 +1,132 @@
+"""The table of `students`: for every form how right and how near its pictures are, before and after, and what a step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .evaluate import MEASURES
+from .rates import Difference, Rate, difference, rate
+from .read import Score
+from .results import Results
+
+__all__ = ["COST", "TEACHER", "TRAINED", "all_right", "arm_of", "summarize", "table"]
+
+TEACHER, TRAINED, COST = "teacher", "trained: ", "cost: "  # arms, or beginnings of their names, in the results
+NEAR = ("latent_error", "psnr", "ssim")
+GOAL = -0.02  # a student that attends locally is at most so much below its teacher
+
+
+def arm_of(form: str, when: str) -> str:
+    """The arm of a form "before" or "after" its training."""
+    return f"{form}, {when}"
+
+
+def all_right(score: Score) -> tuple[int, int]:
+    """Whether a picture shows what its caption says, kinds, named tints and background: (right, asked)."""
+    return int(score.kinds and score.background and score.tints_right == score.named), 1
+
+
+def summarize(results: Results, forms: Sequence[str], samples: int) -> dict[str, Any]:
+    """JSON-able: rates of the teacher; of each form before and after rates, differences to the teacher, nearness; costs."""
+    counts = {"all right": all_right, **MEASURES}
+
+    def right(arm: str) -> dict[str, np.ndarray]:
+        scores = [Score(**results.entries[arm, i]["score"]) for i in range(samples)]
+        return {words: np.array([measure(score) for score in scores]) for words, measure in counts.items()}
+
+    def rates(found: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {words: asdict(rate(*(int(n) for n in pairs.sum(0)))) for words, pairs in found.items()}
+
+    teacher = right(TEACHER)
+    rows: dict[str, Any] = {}
+    for form in forms:
+        row: dict[str, Any] = {}
+        seen = {when: right(arm_of(form, when)) for when in ("before", "after")}
+        for when, found in seen.items():
+            each = [results.entries[arm_of(form, when), i] for i in range(samples)]
+            row[when] = {
+                "rates": rates(found),
+                "minus teacher": {
+                    words: asdict(difference(pairs[:, 0], teacher[words][:, 0], pairs[:, 1]))
+                    for words, pairs in found.items()
+                },
+                **{name: _mean([entry[name] for entry in each]) for name in NEAR},
+            }
+        row["after minus before"] = {
+            words: asdict(difference(pairs[:, 0], seen["before"][words][:, 0], pairs[:, 1]))
+            for words, pairs in seen["after"].items()
+        }
+        for name, kind in (("training", TRAINED), ("cost", COST)):
+            row[name] = {
+                key: value for key, value in results.entries[kind + form, 0].items() if key not in ("arm", "sample")
+            }
+        rows[form] = row
+    return {"samples": samples, "teacher": {"rates": rates(teacher)}, "forms": rows}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as Markdown: means with 95 % intervals, differences in pairs and in points."""
+    large = next(iter(summary["forms"].values()))["cost"]["large_size"][0]
+    side, about, settings = summary["settings"]["side"], summary["about"], summary["settings"]
+    trained = f"{settings['minutes']:g} minutes" if "minutes" in settings else f"{settings['steps']} steps"
+    lines = [
+        f"{summary['samples']} held-out captions, {settings['denoising']} denoising steps, {trained} of training for each form "
+        f"at batch {settings['batch']}; {about['model']}, {about['device']}, torch {about['versions']['torch']}; 95 % "
+        "intervals; differences in points, in pairs.",
+        "",
+        "| form | all right, before | after | after - teacher | after - before | error of latents, before | after | PSNR, dB "
+        f"| SSIM | GFLOP a step | of it attention | attention at {large} px | ms a step | trained |",
+        "|---" * 14 + "|",
+    ]
+    first = next(iter(summary["forms"].values()))["cost"]
+    whole = summary["teacher"]["rates"]["all right"]
+    lines.append(
+        f"| teacher | - | {Rate(**whole)} | - | - | - | 0 | - | 1 | {_giga(first['teacher_flops']['model'])} | "
+        f"{_giga(first['teacher_flops']['attention'])} | {_giga(first['large_teacher_flops']['attention'])} | "
+        f"{first['teacher_ms']:.1f} | - |"
+    )
+    for form, row in summary["forms"].items():
+        before, after, cost, training = (row[name] for name in ("before", "after", "cost", "training"))
+        cells = [
+            form,
+            Rate(**before["rates"]["all right"]),
+            Rate(**after["rates"]["all right"]),
+            Difference(**after["minus teacher"]["all right"]),
+            Difference(**row["after minus before"]["all right"]),
+            *(_interval(some["latent_error"], 3) for some in (before, after)),
+            f"{_interval(before['psnr'], 1)} → {_interval(after['psnr'], 1)}",
+            f"{_interval(before['ssim'], 3)} → {_interval(after['ssim'], 3)}",
+            _giga(cost["flops"]["model"]),
+            _giga(cost["flops"]["attention"]),
+            _giga(cost["large_flops"]["attention"]),
+            f"{cost['ms']:.1f} ({cost['times_faster']:.2f} x)",
+            f"{training['steps']} steps, {training['seconds'] / 60:.1f} min",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    met = [
+        f"{form}: {'within' if row['after']['minus teacher']['all right']['value'] >= GOAL else 'NOT within'} "
+        f"{-100 * GOAL:g} points of the teacher"
+        for form, row in summary["forms"].items()
+        if form.startswith("clear radius")
+    ]
+    return "\n".join([*lines, "", f"Operations are counted on {side} x {side} pixels unless told. " + "; ".join(met)])
+
+
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and margin of a 95 % interval, which a single value has not."""
+    array = np.array(values, np.float64)
+    margin = 1.96 * float(array.std(ddof=1)) / len(array) ** 0.5 if len(array) > 1 else None
+    return {"mean": float(array.mean()), "margin": margin}
+
+
+def _interval(found: dict[str, Any], digits: int) -> str:
+    margin = "" if found["margin"] is None else f" ± {found['margin']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{margin}"
+
+
+def _giga(operations: float) -> str:
+    return f"{operations / 1e9:.3g}"

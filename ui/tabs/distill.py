@@ -1,0 +1,243 @@
+"""The distill tab: watch a training by its folder, and try its student beside the teacher.
+
+`run_watch` reads the folder, `student_job` draws the pair; this file says what is shown where, and refreshes it by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from PIL import Image
+
+from ..image_job import View, make_image
+from ..jobs import Session, Worker
+from ..run_watch import CURVES, Watched, find_runs, fingerprint, read_run
+from ..student_job import read_student_form
+from .parts import SESSIONS, shown_picture, status_html, stop_run
+
+__all__ = ["distill_tab"]
+
+PREFIX = "distill-"
+EVERY = 3.0  # seconds between two looks at the folder
+NEWEST = "the newest"
+TONES: Mapping[str, Any] = {"goes on": "info", "waiting": "info", "finished": "good", "stopped": "info"}
+CLOSE = "Lower is nearer to the teacher. Every step draws other noise, so single steps jump and the trend counts."
+INTRO = (
+    "A model's attention is exchanged for a linear one, and a **student** learns to draw what the model as it was, the "
+    "**teacher**, draws. Trainings run in a terminal; here you watch them and try what they have learned so far."
+)
+NONE = """
+#### No training was found in the folder `{root}`
+
+Start one in a terminal; it appears here by itself. First samples of the teacher, from a file with a prompt on each line:
+
+```
+reattend distill data --model tiny-flux --prompts prompts.txt --samples 1000 --out runs/samples
+```
+
+Then the training; the last line asks for pictures in between:
+
+```
+reattend distill run --model tiny-flux --data runs/samples --out runs/clear --attention clear radius=4 \\
+  --set validate_every=100 validation_prompts="('a cat on sand', 'a blue car')"
+```
+"""
+
+
+def distill_tab(worker: Worker, root: Path, blocks: gr.Blocks) -> None:
+    """Lay out the tab inside the current `gr.Blocks` and connect it.
+
+    Args:
+        worker: runs `StudentJob` for all sessions.
+        root: folder under which runs are found.
+        blocks: the page.
+    """
+    session = gr.State(Session(worker), delete_callback=stop_run)
+    seen = gr.State(None)  # fingerprint of what the page shows
+    gr.Markdown(INTRO, elem_id=f"{PREFIX}intro")
+    watch: dict[str, Any] = {"none": gr.Markdown(NONE.format(root=root.name), visible=False, elem_id=f"{PREFIX}none")}
+    with gr.Row(equal_height=False, visible=False) as watch["body"]:
+        with gr.Column(scale=5, min_width=340):
+            watch |= _state_controls(root)
+            trial = _trial_controls()
+        with gr.Column(scale=6, min_width=340):
+            watch |= _curves()
+    timer = gr.Timer(EVERY)
+
+    def look(before: Any, name: str | None, step: Any) -> dict[Any, Any]:
+        runs = find_runs(root)
+        name = name if name in runs else next(iter(runs), None)
+        now = (tuple(runs), fingerprint(root, name), step)
+        if now == before:
+            return gr.skip()
+        return {seen: now} | _shown(watch, root, runs, name, step)
+
+    def draw(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
+        form = dict(zip(("run", "prompt", "steps", "seed"), values, strict=True))
+        for view in make_image(session, form, (), lambda form, _: read_student_form(form, root)):
+            updates = {
+                trial["draw"]: gr.update(interactive=not view.busy),
+                trial["stop"]: gr.update(interactive=view.busy),
+            }
+            updates[trial["status"]] = gr.update(value=status_html(view))
+            if view.made is not None and view.made.beside is not None:
+                updates[trial["teacher"]] = shown_picture(view.made.beside)
+                updates[trial["student"]] = shown_picture(view.made.file)
+            yield updates
+
+    looked = [watch["run"], watch["step"]]
+    common: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": SESSIONS}
+    gr.on([blocks.load, timer.tick, watch["run"].change, watch["step"].change], look, [seen, *looked],
+          [seen, *watch.values()], queue=False, trigger_mode="always_last", **common)  # fmt: skip
+    gr.on([trial["draw"].click, trial["prompt"].submit], draw, [session, watch["run"], trial["prompt"], trial["steps"],
+          trial["seed"]], list(trial.values()), trigger_mode="once", **common)  # fmt: skip
+    trial["stop"].click(stop_run, [session], [], queue=False, **common)
+
+
+def _state_controls(root: Path) -> dict[str, Any]:
+    """Which run, how far it is, and its facts."""
+    return {
+        "run": gr.Dropdown(
+            [], label="Training", info=f"Found in the folder {root.name}, the one that wrote last first", elem_id=f"{PREFIX}run",
+            filterable=False,
+        ),
+        "state": gr.HTML("", padding=False, elem_id=f"{PREFIX}state", elem_classes="status-line"),
+        "facts": gr.HTML("", padding=False, elem_id=f"{PREFIX}facts"),
+    }  # fmt: skip
+
+
+def _trial_controls() -> dict[str, Any]:
+    """Prompt, buttons, and the two pictures."""
+    trial: dict[str, Any] = {}
+    gr.Markdown("### Try the student\nThe same prompt from the same noise, by the teacher and by the newest student.")
+    trial["prompt"] = gr.Textbox(
+        label="What the picture shows",
+        placeholder="a blue car and a cat on sand",
+        lines=1,
+        max_lines=4,
+        elem_id=f"{PREFIX}prompt",
+    )
+    with gr.Row():
+        trial["steps"] = gr.Slider(
+            1, 100, value=10, step=1, precision=0, label="Steps", info="More is slower and finer", elem_id=f"{PREFIX}steps",
+            buttons=[],
+        )  # fmt: skip
+        trial["seed"] = gr.Textbox(
+            label="Seed", placeholder="random", info="Same seed, same noise", elem_id=f"{PREFIX}seed", max_lines=1
+        )
+    with gr.Row():
+        trial["draw"] = gr.Button("Draw both", variant="primary", elem_id=f"{PREFIX}draw", scale=3)
+        trial["stop"] = gr.Button("Stop", variant="stop", elem_id=f"{PREFIX}stop", interactive=False, scale=1)
+    trial["status"] = gr.HTML(
+        status_html(View("Ready.")), padding=False, elem_id=f"{PREFIX}status", elem_classes="status-line"
+    )
+    with gr.Row():
+        for who in ("teacher", "student"):
+            trial[who] = gr.Image(
+                label=who.capitalize(), type="filepath", format="png", interactive=False, height=240, min_width=150,
+                buttons=["download", "fullscreen"], elem_id=f"{PREFIX}{who}", elem_classes="shown-picture",
+            )  # fmt: skip
+    return trial
+
+
+def _curves() -> dict[str, Any]:
+    """Curves two by two, and the pictures the run made in between."""
+    watch: dict[str, Any] = {}
+    names = list(CURVES)
+    for start in range(0, len(names), 2):
+        with gr.Row():
+            for key in names[start : start + 2]:
+                watch[key] = gr.LinePlot(
+                    x="step", y="value", title=CURVES[key], x_title="Step", y_title=" ", height=200, min_width=200,
+                    visible=False, buttons=[], elem_id=f"{PREFIX}curve-{key}",
+                )  # fmt: skip
+    watch["note"] = gr.Markdown("", visible=False, elem_id=f"{PREFIX}note")
+    watch["step"] = gr.Dropdown(
+        [NEWEST], value=NEWEST, label="Pictures in between", info="By the teacher and by the student, after this step",
+        filterable=False, visible=False, elem_id=f"{PREFIX}step",
+    )  # fmt: skip
+    watch["pictures"] = gr.HTML("", padding=False, visible=False, elem_id=f"{PREFIX}pictures")
+    return watch
+
+
+def _shown(watch: Mapping[str, Any], root: Path, runs: list[str], name: str | None, step: Any) -> dict[Any, Any]:
+    """The updates that show a run."""
+    updates: dict[Any, Any] = {
+        watch["none"]: gr.update(visible=name is None),
+        watch["body"]: gr.update(visible=name is not None),
+        watch["run"]: gr.update(choices=runs, value=name),
+    }
+    if name is None:
+        return updates
+    try:
+        run = read_run(root, name)
+    except ValueError as error:
+        return updates | {watch["state"]: status_html(View(str(error), "bad")), watch["facts"]: ""}
+    tone, busy = TONES[run.state], run.state == "goes on"
+    updates[watch["state"]] = status_html(View(run.line, tone, busy=busy, fraction=run.fraction if busy else None))
+    updates[watch["facts"]] = _facts_html(run)
+    for key in CURVES:
+        curve = run.curves.get(key, [])
+        frame = pd.DataFrame(curve, columns=["step", "value"])
+        updates[watch[key]] = gr.update(value=frame, visible=bool(curve))
+    updates[watch["note"]] = gr.update(value=_note(run), visible=True)
+    return updates | _picture_updates(watch, run, step)
+
+
+def _picture_updates(watch: Mapping[str, Any], run: Watched, step: Any) -> dict[Any, Any]:
+    steps = [str(number) for number, _, _ in run.pictures]
+    step = step if step in steps else NEWEST
+    chosen = next((found for found in run.pictures if step in (NEWEST, str(found[0]))), None)
+    shown = "" if chosen is None else _pairs_html(*chosen)
+    return {
+        watch["step"]: gr.update(choices=[NEWEST, *steps], value=step, visible=bool(shown)),
+        watch["pictures"]: gr.update(value=shown, visible=bool(shown)),
+    }
+
+
+def _pairs_html(step: int, file: Path, prompts: tuple[str, ...]) -> str:
+    """A validation picture cut into its rows, one for each prompt; nothing if it cannot be read.
+
+    Pixels travel inside the page, so that no file of the run has to be served.
+    """
+    try:
+        with Image.open(file) as opened:
+            whole = opened.convert("RGB")
+    except OSError:
+        return ""
+    height, figures = whole.height // max(len(prompts), 1), []
+    for i, prompt in enumerate(prompts):
+        kept = io.BytesIO()
+        whole.crop((0, i * height, whole.width, (i + 1) * height)).save(kept, "PNG")
+        source, words = base64.b64encode(kept.getvalue()).decode(), html.escape(prompt, quote=True)
+        figures.append(
+            f'<figure><figcaption>{words}</figcaption><img alt="{words}: teacher left, student right" '
+            f'src="data:image/png;base64,{source}"><div><span>teacher</span><span>student, step {step}</span></div></figure>'
+        )
+    return f'<div class="pairs">{"".join(figures)}</div>'
+
+
+def _note(run: Watched) -> str:
+    if not run.curves:
+        return "The curves begin with the first line of the log."
+    if run.pictures:
+        return CLOSE
+    return (
+        f"{CLOSE} This training makes no pictures in between; with "
+        "`--set validate_every=100` and `validation_prompts` it would."
+    )
+
+
+def _facts_html(run: Watched) -> str:
+    facts = [*run.facts]
+    if run.student is not None:
+        facts.append(("Newest student", f"after step {run.student[1]}"))
+    rows = "".join(f"<tr><th>{html.escape(what)}</th><td>{html.escape(value)}</td></tr>" for what, value in facts)
+    return f'<table class="facts">{rows}</table>'
