@@ -150,7 +150,8 @@ def start(
 
     check_access(host, share, password)
     out = output_folder(out)
-    models = tuple(dict.fromkeys([*([model] if model else []), *bundled()]))
+    usual = sorted(bundled(), key=lambda name: name != Recipe.model)  # the default of all commands first
+    models = tuple(dict.fromkeys([*([model] if model else []), *usual]))
     if not models:
         raise ValueError("There is no bundled model in this installation; name a folder or hub id with --model.")
     with contextlib.ExitStack() as undo:
