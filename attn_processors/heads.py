@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .clear import DENSE, ClearAttnProcessor
+from .clear import DENSE, ClearAttnProcessor, Local
 from .method import LayerInfo
 from .ops.heads import balance, gates, head_scores
 from .ops.layout import TokenLayout
@@ -78,9 +78,11 @@ class MixtureOfHeadsAttnProcessor(ClearAttnProcessor):
             out = super().attend(call, phase).unflatten(-1, (call.heads, -1))
             grid, others = out[:, layout.grid] * gate.unsqueeze(-1).to(out.dtype), layout.globals_of(out)
         else:
-            grid = self._chosen(call, gate)
+            local = self._local(call.name, layout, call.q.device, call.q.dtype, call.kept.get(layout.tokens))
+            scale = call.scale * local.sharpness
+            grid = self._chosen(call, gate, local, scale)
             others = (
-                call.softmax(layout.globals_of(call.q), call.k, call.v, mask=call.mask)
+                call.softmax(layout.globals_of(call.q), call.k, call.v, scale=scale, mask=call.mask)
                 if layout.global_tokens
                 else grid
             )
@@ -103,7 +105,7 @@ class MixtureOfHeadsAttnProcessor(ClearAttnProcessor):
             call.tell("balance", self.balance * balance(scores, gate, shared, routed))
         return gate
 
-    def _chosen(self, call: LayerCall, gate: Tensor) -> Tensor:
+    def _chosen(self, call: LayerCall, gate: Tensor, local: Local, scale: float) -> Tensor:
         """Grid tokens' output of the heads that are on in each sample, and 0 of the others: (B, N, h, d)."""
         layout, heads = call.layout, call.heads
         count = sum(self.counts(heads))
@@ -112,10 +114,9 @@ class MixtureOfHeadsAttnProcessor(ClearAttnProcessor):
         def on(x: Tensor) -> Tensor:
             return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-        local = self._local(call.name, layout, call.q.device, call.q.dtype, call.kept.get(layout.tokens))
         valid = None if call.mask is None else call.mask[:, 0, 0]
         out = attend(
-            on(call.q), on(call.k), on(call.v), local.prepared, scale=call.scale * local.sharpness, key_valid=valid,
+            on(call.q), on(call.k), on(call.v), local.prepared, scale=scale, key_valid=valid,
             pool_weights=call.extra("pool_weights"), softmax=call.softmax,
         )[:, layout.grid]  # fmt: skip
         out = out * gate.gather(2, index[:, None]).unsqueeze(-1).to(out.dtype)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.checks import check_number, check_side, check_text
+from ..pipelines.files import PICTURES as FORMATS
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, VERSION, about_digest, claim, is_whole, write_shard
 from .sparing import MOST
@@ -274,10 +275,10 @@ def _upright(path: Path) -> Iterator[Image.Image]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             yield picture
-    except OSError as error:  # UnidentifiedImageError is one
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # UnidentifiedImageError is an OSError
         raise ValueError(f"cannot read the picture {path} ({error}); mend it or take it out") from None
 
 

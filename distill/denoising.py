@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pipelines.image import text_length
+
 __all__ = ["Denoising", "denoising_of"]
 
 Size = tuple[int, int]  # width and height in pixels
@@ -40,8 +42,10 @@ class Denoising:
         return getattr(self.pipe, self.denoiser)
 
     def text_length(self) -> int:
-        """Text tokens the pipeline pads to by default."""
-        return inspect.signature(self.pipe.__call__).parameters["max_sequence_length"].default
+        """Text tokens that the pictures of `generate` are made with."""
+        length = text_length(self.pipe, inspect.signature(self.pipe.__call__).parameters)
+        assert length is not None, "the families here read long text"
+        return length
 
     def encode_text(self, prompts: list[str], length: int | None = None) -> dict[str, Tensor]:
         """Embeddings of captions, each (B, ...), under names that `inputs` knows."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
 from ..pipelines.events import CancelToken
-from ..pipelines.files import check_writable
+from ..pipelines.files import check_writable, written_whole
 from .batches import Batches, learning_rate
 from .config import DistillConfig
 from .data import make_dataset, mixed, read_prompts
@@ -321,11 +321,15 @@ def _check_type(pipe: Any, config: DistillConfig, ranks: Ranks) -> None:
 
 def _cut_log(path: Path, step: int) -> None:
     """Take out lines after the step a run goes on from."""
-    if path.exists():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(f"{line}\n" for line in lines))
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line may have been cut off
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    with written_whole(path) as (aside,):
+        aside.write_text("".join(f"{line}\n" for line in kept))
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def stock_rows(
 
     with without_progress_bar(pipe), _told_memory(recipe):
         output = pipe(
-            **_arguments(recipe, inspect.signature(pipe.__call__).parameters) | more,
+            **_arguments(pipe, recipe, inspect.signature(pipe.__call__).parameters) | more,
             generator=generator,
             output_type="np",  # the values that a PIL image would be rounded from, so that NaN can be seen
             callback_on_step_end=after_step,
@@ -247,8 +247,8 @@ def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.
     for part, tokenizer in pipe.components.items():
         if part.startswith("tokenizer") and tokenizer is not None:
             allowed = tokenizer.model_max_length
-            if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in accepts:
-                allowed = accepts["max_sequence_length"].default  # long-text encoders (T5) are cut there
+            if _reads_long_text(tokenizer) and "max_sequence_length" in accepts:
+                allowed = text_length(pipe, accepts)  # it is cut there
             tokens = len(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
             found.append((tokens, allowed - tokenizer.num_special_tokens_to_add()))
     if found and all(tokens > allowed for tokens, allowed in found):
@@ -256,9 +256,29 @@ def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.
         raise ValueError(f"{name} is too long: got {tokens} tokens, this model reads {allowed}; shorten it")
 
 
-def _arguments(recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+def text_length(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> int | None:
+    """Tokens that the pipeline's long text (T5) is padded to: the stock call's default, or fewer if the tokenizer says so.
+
+    Stock pipelines mask nothing of the padding, so it costs time and takes part in attention. None: no long text here.
+    """
+    if "max_sequence_length" not in accepts:
+        return None
+    limits = [
+        tokenizer.model_max_length
+        for part, tokenizer in pipe.components.items()
+        if part.startswith("tokenizer") and tokenizer is not None and _reads_long_text(tokenizer)
+    ]
+    return min([accepts["max_sequence_length"].default, *limits])
+
+
+def _reads_long_text(tokenizer: Any) -> bool:
+    return "CLIP" not in type(tokenizer).__name__
+
+
+def _arguments(pipe: Any, recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """What the stock call gets; what the recipe leaves open is left to it."""
     values = {
+        "max_sequence_length": text_length(pipe, accepts),
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative or None,
         "width": recipe.width,

@@ -1,7 +1,8 @@
 """The last part of a film: every rank decodes its own frames, and the first one writes all of them, in order.
 
 Ranks go from clip to clip together: while the first rank decodes one of its own, the others decode one that they will send
-when it is its turn. So no rank waits longer for another than a clip takes, and the first holds one clip at a time.
+when it is its turn. So no rank waits longer for another than a clip takes, and the first holds one clip at a time. The others
+keep their pictures as bytes until their turn, 3 W H for each.
 """
 
 from __future__ import annotations

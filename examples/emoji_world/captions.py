@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from . import world
 
 MAX_LENGTH = 32  # tokens with start and end; the longest caption of the world has 17
+T5_LENGTH = 64  # words of the world are one token each; others are spelled
 WIDTH = 128
 
 
@@ -69,7 +70,7 @@ def build_t5_tokenizer() -> T5Tokenizer:
     letters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -1.0) for word in words] + [(letter, -10.0) for letter in letters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:

@@ -28,7 +28,7 @@ import tyro
 from ..bench.video import CONTEXT, PEER, free_noise
 from ..pipelines.checkpoint import latest, parts_folder
 from ..pipelines.files import written_whole
-from ..pipelines.film import FilmFile, frames_of, partial, read_comment
+from ..pipelines.film import FilmFile, frame_count, frames_of, partial, read_comment
 from ..pipelines.filming import filled_in, long_video
 from ..pipelines.load import load
 from ..pipelines.noise import frame_noise
@@ -113,7 +113,8 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     compared = summary["settings"]["peer_frames"]
     lines = [
-        f"| arm | frames | first frame shows | kept in the first {compared} | kept in all | moved, in widths | s per frame |",
+        f"| arm | frames | first frame shows | kept in the first {compared} | kept in all | moved in the first {compared}, "
+        "in widths | s per frame |",
         "|---|---|---|---|---|---|---|",
     ]
     for arm, found in summary["arms"].items():
@@ -217,6 +218,10 @@ def _write(path: Path, frames: Iterator[np.ndarray], fps: int, comment: str) -> 
             film.write(frame)
     finally:
         film.close()
+    if (found := frame_count(partial(path))) != film.frames:  # FFmpeg may have failed after it took all of them
+        raise OSError(
+            f"the film {path} has {found} of {film.frames} frames; most often the disk is full: make room, start again"
+        )
     os.replace(partial(path), path)
 
 
@@ -237,7 +242,7 @@ def _summary(results: Results, arm: str, prompts: int, compared: int) -> dict[st
         "first": [list(one.first) for one in whole],
         **{name: str(found) for name, found in kept.items()},
         "counts": {name: [found.right, found.asked] for name, found in kept.items()},
-        "travelled": sum(one.travelled for one in whole) / prompts,
+        "travelled": sum(one.travelled for one in start) / prompts,
         "seconds": None if None in seconds else sum(seconds),
     }
 
@@ -286,7 +291,7 @@ def main(
         try:
             summary = compare(model, out=out, frames=frames, peer_frames=peer_frames, steps=steps, seed=seed,
                               prompts=prompts, arms=arms, command=command, on_progress=told)  # fmt: skip
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise SystemExit(f"films: {error}") from None
     print(table(summary))
 

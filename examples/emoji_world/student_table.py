@@ -108,12 +108,19 @@ def table(summary: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     met = [
-        f"{form}: {'within' if row['after']['minus teacher']['all right']['value'] >= GOAL else 'NOT within'} "
-        f"{-100 * GOAL:g} points of the teacher"
+        f"{form}: {_verdict(row['after']['minus teacher']['all right'])} {-100 * GOAL:g} points of the teacher"
         for form, row in summary["forms"].items()
         if form.startswith("clear radius")
     ]
     return "\n".join([*lines, "", f"Operations are counted on {side} x {side} pixels unless told. " + "; ".join(met)])
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """Whether a difference to the teacher reaches GOAL, as far as its interval tells."""
+    low, high = found["low"], found["high"]
+    if low is not None and low >= GOAL:
+        return "within"
+    return "NOT within" if high is not None and high < GOAL else "not told apart from being within"
 
 
 def _mean(values: Sequence[float]) -> dict[str, float | None]:

@@ -194,6 +194,7 @@ class Judge:
     def _judged(self, arm: str, i: int, pixels: np.ndarray, latents: torch.Tensor) -> dict[str, Any]:
         from safetensors.torch import load_file, save_file
 
+        latents = latents.cpu()  # where the kept ones of the teacher are
         kept = self.out / "teacher" / f"{i:05}.safetensors"
         entry = {"arm": arm, "sample": i, "score": asdict(score(read(pixels), self.captions[i]))}
         if arm == TEACHER:

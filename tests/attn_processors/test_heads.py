@@ -87,6 +87,15 @@ def test_a_head_that_is_off_adds_nothing_and_the_saving_form_is_the_plain_one(fl
         torch.testing.assert_close(denoise_flux(model, ids, batch=2), outs[0], atol=EXACT, rtol=0)
 
 
+@pytest.mark.parametrize("route", ["token", "sample"])
+def test_with_all_heads_on_it_is_local_attention_also_where_the_softmax_is_rescaled(flux, route):
+    model, ids = flux.transformer, image_ids(4, 6)
+    with installed(model, ClearAttnProcessor(radius=2, scale="tokens")):
+        want = denoise_flux(model, ids, batch=2)
+    with installed(model, MixtureOfHeadsAttnProcessor(radius=2, scale="tokens", shared=0.0, active=1.0, route=route)):
+        torch.testing.assert_close(denoise_flux(model, ids, batch=2), want, atol=EXACT, rtol=0)
+
+
 def test_layers_tell_their_balance_to_a_listener_only(flux):
     model, ids = flux.transformer, image_ids(4, 6)
     handle = install(model, MixtureOfHeadsAttnProcessor(**HERE))
