@@ -136,7 +136,7 @@ def followed(session: Session, order: Callable[[], Any]) -> Generator[View, None
     """
     try:
         run = session.start(order())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         yield View(one_line(error), "bad", busy=session.busy)
         return
     try:
@@ -172,7 +172,7 @@ def followed(session: Session, order: Callable[[], Any]) -> Generator[View, None
 def waiting_line(ahead: int) -> str:
     if ahead == 0:
         return "Starting"
-    return f"Waiting: {ahead} other {'picture comes' if ahead == 1 else 'pictures come'} first"
+    return f"Waiting: {ahead} other {'job comes' if ahead == 1 else 'jobs come'} first"
 
 
 def read_form(form: Mapping[str, Any], models: Sequence[str]) -> Recipe:
@@ -260,7 +260,7 @@ def load_recipe(
         return {}, View(
             one_line(error).replace(str(path), path.name), "bad"
         )  # the server's own path is nobody's business
-    return form, View("Recipe loaded. Press Generate to make the picture again.", "good")
+    return form, View("Recipe loaded. Press Generate to make it again.", "good")
 
 
 def check_model(model: Any, models: Sequence[str]) -> None:

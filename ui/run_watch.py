@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .jobs import duration
 
-__all__ = ["CURVES", "Watched", "find_runs", "fingerprint", "read_run", "run_folder"]
+__all__ = ["CURVES", "Watched", "find_runs", "fingerprint", "pictures_changed", "read_run", "run_folder"]
 
 DEPTH = 4  # folders below the root that are looked into; a comparison keeps its runs in out/runs/NAME
 MOST_RUNS = 100
@@ -112,12 +112,12 @@ def fingerprint(root: Path, name: str | None) -> tuple[Any, ...]:
         changed,
         min(max(time.time() - changed, 0) // QUIET, 40),
     ]  # a run that goes on or not: looked at again for an hour
-    for part in ("pictures", "checkpoints", "student"):
-        try:
-            parts.append((folder / part).stat().st_mtime_ns)
-        except OSError:
-            parts.append(0)
-    return name, *parts
+    return name, *parts, *(_touched(folder / part) for part in ("pictures", "checkpoints", "student"))
+
+
+def pictures_changed(root: Path, name: str | None) -> int:
+    """Changes when there are other pictures; `name` is one that `find_runs` gave, or None."""
+    return 0 if name is None else _touched(root / name / "pictures")
 
 
 def read_run(root: Path, name: Any, now: float | None = None) -> Watched:
@@ -162,10 +162,22 @@ def _changed(folder: Path) -> float:
     return 0.0
 
 
+def _touched(path: Path) -> int:
+    """When a folder was written last, in nanoseconds since 1970; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _lines(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of the log; one that is being written is left out."""
-    found = []
-    for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+    """The whole lines of the log; one that is being written is left out. None where the log cannot be read."""
+    found: list[dict[str, Any]] = []
+    try:
+        texts = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return found
+    for text in texts:
         try:
             line = json.loads(text)
         except ValueError:

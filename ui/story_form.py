@@ -91,6 +91,7 @@ def fill_story_form(script: Script, models: Sequence[str]) -> dict[str, Any]:
                 f"The story has a picture file for {one.name!r}, which this page does not open; "
                 "make it on the command line: reattend story FILE."
             )
+        _where(one.name, one.found)  # raises
     places = [[OWN, one.name, _where(one.name, one.place)] for one in script.subjects if one.place is not None]
     for i, panel in enumerate(script.panels, start=1):
         there, usual = script.present(panel), script.present(replace(panel, places=None))
@@ -142,8 +143,7 @@ def places_in(table: Table) -> dict[tuple[str, str], str]:
     """(panel number from 1 or OWN, name) -> where, as the table says it. Raises ValueError for half or double rows."""
     places: dict[tuple[str, str], str] = {}
     for panel, who, where in _rows(table, len(PLACES)):
-        panel = panel.lower().removeprefix("panel").strip()
-        panel = str(int(panel)) if panel.isdecimal() else panel
+        panel = _number(panel)
         if not panel or not who:
             raise ValueError("A row of the places says no panel or not who; fill in both, or empty the row.")
         if (panel, who) in places:
@@ -154,15 +154,25 @@ def places_in(table: Table) -> dict[tuple[str, str], str]:
 
 def with_place(table: Table, panel: int, who: str, where: str | None) -> Table:
     """The table of places with one place changed, or without it (None); panel is counted from 0."""
-    rows = [row for row in _rows(table, len(PLACES)) if row[:2] != [str(panel + 1), who]]
+    rows = [row for row in _rows(table, len(PLACES)) if (_number(row[0]), row[1]) != (str(panel + 1), who)]
     rows += [] if where is None else [[str(panel + 1), who, where]]
-    order = {OWN: 0}
-    return sorted(rows, key=lambda row: order.get(row[0], int(row[0]) if row[0].isdecimal() else 10**9))
+
+    def order(row: list[Any]) -> int:
+        panel = _number(row[0])
+        return 0 if panel == OWN else int(panel) if panel.isdecimal() else 10**9
+
+    return sorted(rows, key=order)
 
 
 def box_text(box: Sequence[float]) -> str:
     """A box as people read it, to a thousandth of the side."""
     return ", ".join(f"{round(edge, 3):g}" for edge in box)
+
+
+def _number(panel: str) -> str:
+    """What a row of the places says of its panel, with one spelling for each: "Panel 1" and "01" are "1"."""
+    panel = panel.lower().removeprefix("panel").strip()
+    return str(int(panel)) if panel.isdecimal() else panel
 
 
 def _rows(table: Table, columns: int) -> Table:

@@ -31,6 +31,7 @@ from .jobs import Progress, Session
 from .story_form import MASK, NOT_HERE, Table, box_text, places_in, read_place, read_story_form, with_place
 
 __all__ = [
+    "GONE",
     "Order",
     "StoryJob",
     "StoryMade",
@@ -41,6 +42,7 @@ __all__ = [
     "strip_picture",
 ]
 
+GONE = "The files of this story are no longer there; press Make the story."
 SHOWN = 640  # pixels; smaller panels are enlarged to this, so that names and frames over them can be read
 NEW_SEED = 2**32
 WORDS = {  # fields of a script as the form calls them
@@ -88,9 +90,12 @@ class StoryMade:
         return {name: file for name, file in files.items() if file.exists()}
 
     def panel(self, number: int) -> Image.Image:
-        """A panel, counted from 0, large enough to look at."""
-        with Image.open(self.folder / f"panel-{number + 1}.png", formats=["PNG"]) as file:
-            image = file.convert("RGB")
+        """A panel, counted from 0, large enough to look at. Raises ValueError if its file is gone."""
+        try:
+            with Image.open(self.folder / f"panel-{number + 1}.png", formats=["PNG"]) as file:
+                image = file.convert("RGB")
+        except OSError:
+            raise ValueError(GONE) from None
         times = -(-SHOWN // max(image.size))
         return (
             image if times == 1 else image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
@@ -120,6 +125,8 @@ class StoryJob:
     def __call__(self, order: Order, token: CancelToken, report: Callable[[Progress], None]) -> StoryMade:
         start = time.monotonic()
         script, before = order.script, order.made
+        if before is not None and not before.folder.is_dir():
+            raise ValueError(GONE)
         pipe = self.pipe(script.model, script.dtype, report)
         token.check()
         show, find = Previewer(pipe), finder(script.model)
@@ -220,10 +227,13 @@ def _as_made(script: Script, made: Script) -> Script:
 
 
 def strip_picture(made: StoryMade, with_places: bool) -> Path | Image.Image:
-    """The panels side by side: the file, or with everybody's place laid over."""
+    """The panels side by side: the file, or with everybody's place laid over if the files of all panels are there."""
     if not with_places:
         return made.strip_file
-    panels = [panel_picture(made, number) for number in range(len(made.script.panels))]
+    try:
+        panels = [panel_picture(made, number) for number in range(len(made.script.panels))]
+    except ValueError:
+        return made.strip_file
     for image in panels:
         image.thumbnail((SHOWN // 2, SHOWN // 2))
     return strip(panels)
@@ -239,7 +249,7 @@ def panel_picture(
         corner: (x, y) in pixels of a click that waits for its opposite corner.
 
     Raises:
-        ValueError, TypeError: a row of the table cannot be read.
+        ValueError, TypeError: a row of the table cannot be read, or the panel's file is gone.
     """
     names = [one.name for one in made.script.subjects]
     places = {place.subject: place for place in made.places.get(number, ())}

@@ -6,6 +6,7 @@ the image tab (`image_job`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,7 +30,13 @@ class StudentJob(ImageJob):
             return super().__call__(recipe, token, report)
         teacher = super().__call__(replace(recipe, linear=None), token, _named("The teacher", report))
         same = replace(recipe, seed=teacher.recipe.seed)
-        student = super().__call__(same, token, _named("The student", report))
+        try:
+            student = super().__call__(same, token, _named("The student", report))
+        except BaseException:  # one of the pair says nothing
+            for file in (teacher.file, teacher.recipe_file):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            raise
         return replace(student, beside=teacher.file, seconds=teacher.seconds + student.seconds)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from reattend.pipelines.script import Script
+from reattend.ui import story_job
 
 pytestmark = pytest.mark.browser
 
@@ -107,12 +111,14 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
     click_in_panel(tab, 0.75, 0.9)
     expect(cell(tab, "places", 0, 1)).to_contain_text("Flora")
     press(tab, "again")
+    expect(tab.locator("#story-history img")).to_have_count(2)
     keep_screenshot(tab, "story")
     second = panels_of(downloaded(tab, "save-strip", tmp_path / "second.png"), 4)
     assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True, True]
     script = Script.read(downloaded(tab, "save-story", tmp_path / "second.json"))
     assert script.panels[1].places["Flora"] == pytest.approx([0.25, 0.5, 0.75, 0.9], abs=0.02)
-    expect(tab.locator("#story-history img")).to_have_count(2)
+    layers = {"reference_layers": "<i>a</i>|."}  # somebody else's file; all layers
+    (tmp_path / "second.json").write_text(replace(script, consistency=layers).to_json())
 
     tab.reload()
     tab.get_by_role("tab", name="Story").click()
@@ -120,6 +126,7 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
         tab.locator("#story-load").click()
     chooser.value.set_files(tmp_path / "second.json")
     expect(status(tab)).to_contain_text("Story loaded")
+    expect(tab.locator("#story-kept")).to_contain_text("loaded: reference_layers = <i>a</i>|..")
     expect(cell(tab, "panels", 3, 0)).to_contain_text("a house on sea")
     press(tab, "generate")
     assert panels_of(downloaded(tab, "save-strip", tmp_path / "third.png"), 4) == second
@@ -137,3 +144,37 @@ def test_bad_input_is_answered_with_a_sentence_and_a_form_can_be_saved_before_it
     expect(status(tab)).to_contain_text("Saved as a-butterfly")
     script = Script.read(downloaded(tab, "written", tmp_path / "form.json"))
     assert (script.steps, script.seed, script.panels[1].places) == (2, 3, {"Flora": None, "Hill": None})
+
+
+def test_what_is_chosen_meanwhile_stays_and_a_story_without_files_says_so(tab, served, monkeypatch):
+    press(tab, "generate")
+    expect(tab.locator("#story-own img")).to_have_count(2)
+    go = threading.Event()
+
+    class Held(story_job.Previewer):
+        def __call__(self, latents):
+            assert go.wait(PATIENCE / 1000)
+
+    monkeypatch.setattr(story_job, "Previewer", Held)
+    tab.locator("#story-again").click()
+    expect(tab.locator("#story-stop")).to_be_enabled()
+    tab.locator("#story-number label").nth(2).click()
+    tab.locator("#story-over input").check()
+    go.set()
+    expect(tab.locator("#story-history img")).to_have_count(2)
+    expect(tab.locator("#story-number input").nth(2)).to_be_checked()
+    expect(tab.locator("#story-over input")).to_be_checked()
+    answer = tab.request.get(tab.locator("#story-picture img").get_attribute("src"))
+    assert Image.open(io.BytesIO(answer.body())).size == (3 * 320 + 8, 320)  # with places, large enough to see them
+
+    for file in served.out.glob("*/story.json"):
+        shutil.rmtree(file.parent)
+    tab.locator("#story-again").click()
+    expect(tab.locator("#story-status .bad")).to_have_text(story_job.GONE)
+    for button in ("generate", "again", "reseeded"):
+        expect(tab.locator(f"#story-{button}")).to_be_enabled()
+    expect(tab.locator("#story-hint")).to_have_text(story_job.GONE)
+    keep_screenshot(tab, "story-gone")
+    press(tab, "generate")
+    expect(tab.locator("#story-hint")).to_contain_text("If Flora stands elsewhere")
+    expect(tab.locator("#story-history img")).to_have_count(0)

@@ -95,6 +95,15 @@ def test_bad_input_is_one_sentence_and_starts_nothing(session, changes, words):
     assert session.run is None
 
 
+def test_a_file_that_cannot_be_read_is_one_sentence_and_starts_nothing(session):
+    def read(*_):
+        raise PermissionError("no permission to read config.json")
+
+    (view,) = make_image(session, {}, [MODEL], read)
+    assert (view.message, view.tone, view.busy) == ("No permission to read config.json.", "bad", False)
+    assert session.run is None
+
+
 def test_a_picture_is_made_saved_and_shown_with_its_recipe(session, tmp_path):
     views = list(make_image(session, form(steps=3, width="32", height="32"), [MODEL]))
     first, last = views[0], views[-1]
@@ -227,8 +236,8 @@ def test_an_unusable_recipe_is_one_sentence_and_fills_nothing(tmp_path, content,
 
 
 def test_waiting_says_how_many_come_first():
-    assert image_job.waiting_line(1) == "Waiting: 1 other picture comes first"
-    assert image_job.waiting_line(2) == "Waiting: 2 other pictures come first"
+    assert image_job.waiting_line(1) == "Waiting: 1 other job comes first"
+    assert image_job.waiting_line(2) == "Waiting: 2 other jobs come first"
 
 
 def test_files_are_named_after_the_prompt(session):

@@ -16,11 +16,12 @@ from PIL import Image
 
 from reattend.attn_processors import ClearAttnProcessor
 from reattend.distill import save_linear
+from reattend.pipelines.events import Cancelled, CancelToken
 from reattend.pipelines.recipe import Recipe
 from reattend.ui import image_job
 from reattend.ui.image_job import load_recipe, make_image
 from reattend.ui.jobs import Session, Worker
-from reattend.ui.run_watch import POINTS, find_runs, fingerprint, read_run
+from reattend.ui.run_watch import POINTS, Watched, find_runs, fingerprint, pictures_changed, read_run
 from reattend.ui.student_job import StudentJob, read_student_form
 
 CONFIG = {"model": "tiny", "data": "runs/samples", "steps": 100, "batch": 8, "precision": "float32",
@@ -104,6 +105,44 @@ def test_a_run_that_has_not_logged_waits_and_long_curves_are_thinned(tmp_path):
         read_run(tmp_path, "a")
 
 
+def test_a_log_that_vanishes_tells_nothing(tmp_path, monkeypatch):
+    run(tmp_path, "a", 20)
+    read = Path.read_text
+
+    def vanished(path, *args, **more):
+        if path.name == "log.jsonl":
+            raise FileNotFoundError(path)
+        return read(path, *args, **more)
+
+    monkeypatch.setattr(Path, "read_text", vanished)
+    found = read_run(tmp_path, "a")
+    assert (found.state, found.step, found.curves) == ("waiting", 0, {})
+
+
+def test_what_was_picked_is_not_sent_back_and_a_picture_that_cannot_be_read_is_left_out(tmp_path):
+    from reattend.ui.tabs.distill import _picture_updates
+
+    pictures = []
+    for step, content in ((30, b"no picture"), (20, b"P6 2 2 255 ppm is not opened"), (10, None)):
+        file = tmp_path / f"{step}.png"
+        if content is None:
+            Image.new("RGB", (8, 4)).save(file)
+        else:
+            file.write_bytes(content)
+        pictures.append((step, file, ("a cat",)))
+    found = Watched("a", "goes on", 30, 100, {}, pictures=tuple(pictures))
+    watch = {name: name for name in ("step", "pictures")}
+    picked = _picture_updates(watch, found, "10")
+    assert "value" not in picked["step"] and picked["step"]["choices"] == ["the newest", "30", "20", "10"]
+    assert picked["pictures"]["value"].count("<img") == 1
+    for step in ("20", "30"):
+        assert _picture_updates(watch, found, step)["pictures"]["value"] == ""
+    assert _picture_updates(watch, found, "7")["step"]["value"] == "the newest"
+    newer = fingerprint(tmp_path, "a"), pictures_changed(tmp_path, "a")
+    (tmp_path / "a" / "pictures").mkdir(parents=True)
+    assert newer[1] == 0 != pictures_changed(tmp_path, "a") and fingerprint(tmp_path, "a") != newer[0]
+
+
 def test_pictures_are_told_newest_first_and_half_written_ones_are_not(tmp_path):
     folder = run(tmp_path, "a", 20) / "pictures"
     folder.mkdir()
@@ -160,3 +199,19 @@ def test_teacher_and_student_draw_the_same_noise(flux, tmp_path, monkeypatch):
     assert f"Saved as {made.beside.name} and {made.file.name}." in last.message
     values, view = load_recipe(made.file, ["tiny"])  # on another tab
     assert values == {} and "draws with a linear student" in view.message
+
+
+def test_a_pair_that_is_stopped_leaves_no_half(flux, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_job, "load", lambda model, dtype=None: flux)
+    folder, token, parts = student(tmp_path / "student", 20), CancelToken(), []
+
+    def report(progress):
+        parts.append(progress.part)
+        if progress.part == "The student":
+            token.request()
+
+    recipe = Recipe(prompt="a cat", model="tiny", linear=str(folder), width=32, height=32, steps=3)
+    with pytest.raises(Cancelled):
+        StudentJob(tmp_path / "out")(recipe, token, report)
+    assert "The teacher" in parts and parts[-1] == "The student"
+    assert list((tmp_path / "out").iterdir()) == []

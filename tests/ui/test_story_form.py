@@ -145,6 +145,9 @@ def test_a_place_is_put_into_the_table_and_taken_out_again():
     assert with_place(rows, 1, "Flora", "z")[1] == ["2", "Flora", "z"]
     assert with_place(rows, 1, "Flora", None) == [rows[0], rows[2]]
     assert places_in(rows)["2", "Flora"] == "0, 0.333, 0.5, 1"
+    typed = [["03", "Hill", "x"], ["Panel 2", "Flora", "y"], ["Own", "Hill", "y"]]
+    assert with_place(typed, 1, "Flora", "z") == [typed[2], ["2", "Flora", "z"], typed[0]]
+    assert with_place(typed, 2, "Hill", None) == [typed[2], typed[1]]
 
 
 BAD = {
@@ -186,6 +189,7 @@ def test_bad_input_is_one_sentence(words):
         ({"subjects": [{"name": "cat", "picture": "tom.png"}]}, "has a picture file for 'cat'"),
         ({"subjects": [{"name": "cat", "place": {"mask": "/etc/passwd"}}]}, "is no packed mask"),
         ({"panels": [{"prompt": "a cat", "found": {"cat": 3}}]}, "place of 'cat' must be a box"),
+        ({"subjects": [{"name": "cat", "found": 3}]}, "place of 'cat' must be a box"),
         ({"panels": []}, "1 to 1000 panels"),
         (None, "holds no story"),
     ],

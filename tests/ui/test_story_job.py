@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from reattend.ui.image_job import ImageJob, Previewer, make_image
 from reattend.ui.jobs import Session, Worker, by_class
 from reattend.ui.story_form import fill_story_form, with_place
 from reattend.ui.story_job import (
+    GONE,
     Order,
     StoryJob,
     StoryMade,
@@ -117,6 +119,18 @@ def test_a_panel_of_another_story_is_refused(session, changes, words):
 def test_without_a_story_there_is_no_panel_to_make_again(session):
     (view,) = make_story(session, form(), [MODEL], panel=0)
     assert view.tone == "bad" and "no story yet" in view.message
+
+
+def test_a_story_whose_files_are_gone_says_so(session, tmp_path):
+    made = made_by(session, form())
+    (made.folder / "panel-2.png").unlink()
+    with pytest.raises(ValueError, match=GONE):
+        panel_picture(made, 1)
+    assert strip_picture(made, True) == made.strip_file
+    shutil.rmtree(made.folder)
+    last = list(make_story(session, form(), [MODEL], panel=1))[-1]
+    assert (last.message, last.tone, last.busy) == (GONE, "bad", False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rehearsal_is_remembered_and_its_places_can_be_taken_over(session, monkeypatch):

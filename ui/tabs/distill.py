@@ -18,9 +18,10 @@ from PIL import Image
 
 from ..image_job import View, make_image
 from ..jobs import Session, Worker
-from ..run_watch import CURVES, Watched, find_runs, fingerprint, read_run
+from ..run_watch import CURVES, Watched, find_runs, fingerprint, pictures_changed, read_run
 from ..student_job import read_student_form
-from .parts import SESSIONS, shown_picture, status_html, stop_run
+from . import parts
+from .parts import shown_picture, status_html, stop_run
 
 __all__ = ["distill_tab"]
 
@@ -71,34 +72,43 @@ def distill_tab(worker: Worker, root: Path, blocks: gr.Blocks) -> None:
             watch |= _curves()
     timer = gr.Timer(EVERY)
 
-    def look(before: Any, name: str | None, step: Any) -> dict[Any, Any]:
+    def look(before: Any, asked: str | None, step: Any) -> dict[Any, Any]:
         runs = find_runs(root)
-        name = name if name in runs else next(iter(runs), None)
-        now = (tuple(runs), fingerprint(root, name), step)
+        name = asked if asked in runs else next(iter(runs), None)
+        pictures = (name, step, pictures_changed(root, name))
+        now = (tuple(runs), fingerprint(root, name), pictures)
         if now == before:
             return gr.skip()
-        return {seen: now} | _shown(watch, root, runs, name, step)
+        updates: dict[Any, Any] = {
+            watch["none"]: gr.update(visible=name is None),
+            watch["body"]: gr.update(visible=name is not None),
+            watch["run"]: gr.update(choices=runs, **_chosen(asked, name)),
+        }
+        try:
+            run = None if name is None else read_run(root, name)
+        except ValueError as error:
+            return updates | {seen: None, watch["state"]: status_html(View(str(error), "bad")), watch["facts"]: ""}
+        if run is not None:
+            updates |= _shown(watch, run)
+            if before is None or before[-1] != pictures:  # they are large
+                updates |= _picture_updates(watch, run, step)
+        return updates | {seen: now}
 
     def draw(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
         form = dict(zip(("run", "prompt", "steps", "seed"), values, strict=True))
         for view in make_image(session, form, (), lambda form, _: read_student_form(form, root)):
-            updates = {
-                trial["draw"]: gr.update(interactive=not view.busy),
-                trial["stop"]: gr.update(interactive=view.busy),
-            }
-            updates[trial["status"]] = gr.update(value=status_html(view))
+            updates = parts.told(view, [trial["draw"]], trial["stop"], trial["status"])
             if view.made is not None and view.made.beside is not None:
                 updates[trial["teacher"]] = shown_picture(view.made.beside)
                 updates[trial["student"]] = shown_picture(view.made.file)
             yield updates
 
     looked = [watch["run"], watch["step"]]
-    common: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": SESSIONS}
-    gr.on([blocks.load, timer.tick, watch["run"].change, watch["step"].change], look, [seen, *looked],
-          [seen, *watch.values()], queue=False, trigger_mode="always_last", **common)  # fmt: skip
-    gr.on([trial["draw"].click, trial["prompt"].submit], draw, [session, watch["run"], trial["prompt"], trial["steps"],
-          trial["seed"]], list(trial.values()), trigger_mode="once", **common)  # fmt: skip
-    trial["stop"].click(stop_run, [session], [], queue=False, **common)
+    asks = [watch["run"], trial["prompt"], trial["steps"], trial["seed"]]
+    when = [blocks.load, timer.tick, watch["run"].change, watch["step"].change]
+    parts.on(when, look, [seen, *looked], [seen, *watch.values()], mode="always_last")
+    parts.on([trial["draw"].click, trial["prompt"].submit], draw, [session, *asks], list(trial.values()), queue=True)
+    parts.on([trial["stop"].click], stop_run, [session], [])
 
 
 def _state_controls(root: Path) -> dict[str, Any]:
@@ -135,9 +145,7 @@ def _trial_controls() -> dict[str, Any]:
     with gr.Row():
         trial["draw"] = gr.Button("Draw both", variant="primary", elem_id=f"{PREFIX}draw", scale=3)
         trial["stop"] = gr.Button("Stop", variant="stop", elem_id=f"{PREFIX}stop", interactive=False, scale=1)
-    trial["status"] = gr.HTML(
-        status_html(View("Ready.")), padding=False, elem_id=f"{PREFIX}status", elem_classes="status-line"
-    )
+    trial["status"] = parts.status(PREFIX)
     with gr.Row():
         for who in ("teacher", "student"):
             trial[who] = gr.Image(
@@ -167,37 +175,33 @@ def _curves() -> dict[str, Any]:
     return watch
 
 
-def _shown(watch: Mapping[str, Any], root: Path, runs: list[str], name: str | None, step: Any) -> dict[Any, Any]:
-    """The updates that show a run."""
-    updates: dict[Any, Any] = {
-        watch["none"]: gr.update(visible=name is None),
-        watch["body"]: gr.update(visible=name is not None),
-        watch["run"]: gr.update(choices=runs, value=name),
-    }
-    if name is None:
-        return updates
-    try:
-        run = read_run(root, name)
-    except ValueError as error:
-        return updates | {watch["state"]: status_html(View(str(error), "bad")), watch["facts"]: ""}
+def _chosen(asked: Any, chosen: Any) -> dict[str, Any]:
+    """The value of a choice, where it is not the one asked for: an answer that comes late must not undo what was picked."""
+    return {} if chosen == asked else {"value": chosen}
+
+
+def _shown(watch: Mapping[str, Any], run: Watched) -> dict[Any, Any]:
+    """The updates that show a run, but for its pictures."""
     tone, busy = TONES[run.state], run.state == "goes on"
-    updates[watch["state"]] = status_html(View(run.line, tone, busy=busy, fraction=run.fraction if busy else None))
-    updates[watch["facts"]] = _facts_html(run)
+    updates: dict[Any, Any] = {
+        watch["state"]: status_html(View(run.line, tone, busy=busy, fraction=run.fraction if busy else None)),
+        watch["facts"]: _facts_html(run),
+        watch["note"]: gr.update(value=_note(run), visible=True),
+    }
     for key in CURVES:
         curve = run.curves.get(key, [])
         frame = pd.DataFrame(curve, columns=["step", "value"])
         updates[watch[key]] = gr.update(value=frame, visible=bool(curve))
-    updates[watch["note"]] = gr.update(value=_note(run), visible=True)
-    return updates | _picture_updates(watch, run, step)
+    return updates
 
 
-def _picture_updates(watch: Mapping[str, Any], run: Watched, step: Any) -> dict[Any, Any]:
+def _picture_updates(watch: Mapping[str, Any], run: Watched, asked: Any) -> dict[Any, Any]:
     steps = [str(number) for number, _, _ in run.pictures]
-    step = step if step in steps else NEWEST
+    step = asked if asked in steps else NEWEST
     chosen = next((found for found in run.pictures if step in (NEWEST, str(found[0]))), None)
     shown = "" if chosen is None else _pairs_html(*chosen)
     return {
-        watch["step"]: gr.update(choices=[NEWEST, *steps], value=step, visible=bool(shown)),
+        watch["step"]: gr.update(choices=[NEWEST, *steps], visible=bool(shown), **_chosen(asked, step)),
         watch["pictures"]: gr.update(value=shown, visible=bool(shown)),
     }
 
@@ -208,9 +212,9 @@ def _pairs_html(step: int, file: Path, prompts: tuple[str, ...]) -> str:
     Pixels travel inside the page, so that no file of the run has to be served.
     """
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=["PNG"]) as opened:
             whole = opened.convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
     height, figures = whole.height // max(len(prompts), 1), []
     for i, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from gradio import processing_utils
@@ -197,9 +197,7 @@ def results(prefix: str, film: bool = False) -> dict[str, Any]:
         elem_id=f"{prefix}picture",
         elem_classes="shown-picture",
     )
-    screen["status"] = gr.HTML(
-        status_html(View("Ready.")), padding=False, elem_id=f"{prefix}status", elem_classes="status-line"
-    )
+    screen["status"] = status(prefix)
     if film:
         screen["film"] = gr.Video(
             label="Film",
@@ -262,8 +260,7 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
     def shown(session: Session, views: Iterator[View]) -> Iterator[dict[Any, Any]]:
         begun = False
         for view in views:
-            updates = {generate: gr.update(interactive=not view.busy), stop: gr.update(interactive=view.busy)}
-            updates[screen["status"]] = gr.update(value=status_html(view))
+            updates = told(view, [generate], stop, screen["status"])
             if view.picture is not None:
                 updates[screen["picture"]] = shown_picture(view.picture)
             if film:
@@ -322,11 +319,6 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
         ([generate.click, form["prompt"].submit], run, [session, *fields], [generate, stop, *screen.values()], True),
         *([([screen["go_on"].click], go_on, [session], [generate, stop, *screen.values()], True)] if film else []),
         ([stop.click], stop_run, [session], [], False),
-        *(
-            [([form["attention"].change], show_settings, [form["attention"]], list(groups.values()), False)]
-            if groups
-            else []
-        ),
         ([load.upload], upload, [load], [screen["status"], *fields], True),
         ([screen["use_seed"].click], use_seed, [session], fields, False),
         ([screen["use_all"].click], use_all, [session], fields, False),
@@ -334,20 +326,37 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
     )
     for triggers, function, inputs, outputs, queue in events:
         on(triggers, function, inputs, outputs, queue)
+    if groups:
+        on(
+            [form["attention"].change],
+            show_settings,
+            [form["attention"]],
+            list(groups.values()),
+            mode="always_last",
+        )
 
 
 def on(
-    triggers: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any], queue: bool = False
-) -> None:
-    """Call a function when something happens; `queue`: it waits in Gradio's queue."""
-    gr.on(
+    triggers: list[Any],
+    function: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    queue: bool = False,
+    mode: Literal["once", "always_last"] = "once",
+) -> Any:
+    """Call a function when something happens; give what `.then` goes on from.
+
+    queue: it waits in Gradio's queue.
+    mode: what happens again while the function runs is dropped, or the last of it is answered afterwards.
+    """
+    return gr.on(
         triggers,
         function,
         inputs,
         outputs,
         queue=queue,
         show_progress="hidden",
-        trigger_mode="once",
+        trigger_mode=mode,
         concurrency_limit=SESSIONS,
         api_visibility="private",
     )
@@ -369,6 +378,17 @@ def copy_of(growing: Path, player: Any) -> str | None:
 def shown_picture(picture: Path | Image.Image) -> str | Image.Image:
     """The file itself, never its pixels: a picture that is sent as pixels is encoded again and loses its recipe."""
     return str(picture) if isinstance(picture, Path) else picture
+
+
+def status(prefix: str) -> gr.HTML:
+    """The line that tells what goes on."""
+    return gr.HTML(status_html(View("Ready.")), padding=False, elem_id=f"{prefix}status", elem_classes="status-line")
+
+
+def told(view: View, starts: Sequence[Any], stop: Any, line: Any) -> dict[Any, Any]:
+    """Updates of the line, of the buttons that start something, and of the one that stops it."""
+    updates = {button: gr.update(interactive=not view.busy) for button in starts}
+    return updates | {stop: gr.update(interactive=view.busy), line: gr.update(value=status_html(view))}
 
 
 def status_html(view: View) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...pipelines.files import free_path
+from ...pipelines.files import free_path, written_whole
 from ...pipelines.script import Script
 from ..image_job import View
 from ..jobs import Session, Worker, one_line
@@ -108,7 +109,7 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             elem_id=f"{PREFIX}together",
         )
         parts.more_controls(form, PREFIX, models)
-    press["kept"] = gr.Markdown(visible=False, elem_id=f"{PREFIX}kept")
+    press["kept"] = gr.HTML(visible=False, padding=False, elem_id=f"{PREFIX}kept")
     with gr.Row():
         press["load"] = gr.UploadButton(
             "Load a story (.json)", file_types=[".json"], type="filepath", size="md", elem_id=f"{PREFIX}load"
@@ -156,7 +157,8 @@ def _connect(
         try:
             script = read_story_form(dict(zip(names, values, strict=True)), models)
             file = free_path(out, script.panels[0].prompt, ".json")
-            file.write_text(script.to_json() + "\n", encoding="utf-8")
+            with written_whole(file) as (aside,):
+                aside.write_text(script.to_json() + "\n", encoding="utf-8")
         except (ValueError, TypeError, OSError) as error:
             return said(View(one_line(error), "bad"))
         button = gr.update(value=str(file), label=f"Download {file.name}", visible=True)
@@ -176,7 +178,7 @@ def _connect(
 
 def _filled(form: dict[str, Any], press: dict[str, Any], values: Mapping[str, Any]) -> dict[Any, Any]:
     """Updates that fill the form, and the line about what it has no field for."""
-    said = kept_words(Script.from_json(values["kept"]))
+    said = html.escape(kept_words(Script.from_json(values["kept"])))
     updates: dict[Any, Any] = {form[name]: gr.update(value=value) for name, value in values.items()}
     updates[form["places"]] = gr.update(value=values["places"] or [[""] * len(PLACES)])
     updates[form["kept"]] = values["kept"]

@@ -11,7 +11,7 @@ from ...pipelines.script import Script
 from ..image_job import View
 from ..jobs import Session, one_line
 from ..story_form import Table, box_text, with_place
-from ..story_job import StoryMade, found_places, make_story, panel_picture, story_words, strip_picture
+from ..story_job import GONE, StoryMade, found_places, make_story, panel_picture, story_words, strip_picture
 from . import parts
 
 PREFIX = "story-"
@@ -32,9 +32,7 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
         elem_id=f"{PREFIX}picture",
         elem_classes="shown-picture",
     )
-    screen["status"] = gr.HTML(
-        parts.status_html(View("Ready.")), padding=False, elem_id=f"{PREFIX}status", elem_classes="status-line"
-    )
+    screen["status"] = parts.status(PREFIX)
     with gr.Row(visible=False) as screen["made"]:
         screen["strip"] = gr.DownloadButton("Download strip", size="sm", elem_id=f"{PREFIX}save-strip")
         screen["save"] = gr.DownloadButton("Download story", size="sm", elem_id=f"{PREFIX}save-story")
@@ -122,16 +120,12 @@ def connect(
     shown = [*screen.values(), panel["number"], panel["who"], panel["picture"], panel["hint"], panel["corner"]]
 
     def runs(of_panel: bool, new_seed: bool) -> Callable[..., Iterator[dict[Any, Any]]]:
-        def run(session: Session, number: int, who: str, over: bool, *values: Any) -> Iterator[dict[Any, Any]]:
+        def run(session: Session, number: int, *values: Any) -> Iterator[dict[Any, Any]]:
             given = dict(zip(names, values, strict=True))
             for view in make_story(session, given, models, panel=number if of_panel else None, new_seed=new_seed):
-                updates = {button: gr.update(interactive=not view.busy) for button in starts}
-                updates[buttons["stop"]] = gr.update(interactive=view.busy)
-                updates[screen["status"]] = gr.update(value=parts.status_html(view))
+                updates = parts.told(view, starts, buttons["stop"], screen["status"])
                 if view.picture is not None:
                     updates[screen["picture"]] = parts.shown_picture(view.picture)
-                if view.over and session.shown is not None:
-                    updates |= about(session, number if of_panel else 0, who, over, given["places"])
                 yield updates
 
         return run
@@ -139,6 +133,9 @@ def connect(
     def about(session: Session, number: int, who: str, over: bool, places: Table) -> dict[Any, Any]:
         """Everything that shows the session's story; panel `number` is the one that is looked at."""
         made: StoryMade = session.shown
+        if not made.folder.is_dir():
+            return {panel["hint"]: _hint(View(GONE, "bad"))}
+        session.history = [one for one in session.history if one.strip_file.exists()]
         people = [one.name for one in made.script.subjects]
         who = who if who in people else people[0]
         number = min(number, len(made.script.panels) - 1)
@@ -160,26 +157,36 @@ def connect(
             panel["corner"]: None,
         } | _look(panel, made, number, who, places)
 
+    def after(session: Session, number: int, who: str, over: bool, places: Table) -> dict[Any, Any]:
+        """What a run has made, seen as the person has chosen by now."""
+        if session.shown is None or session.busy:
+            return gr.skip()
+        return about(session, number, who, over, places)
+
     def show(
         session: Session, number: int, who: str, over: bool, places: Table, event: gr.SelectData
     ) -> dict[Any, Any]:
         return gr.skip() if session.show(event.index) is None else about(session, number, who, over, places)
 
-    def lay_over(session: Session, over: bool) -> Any:
+    def lay_over(session: Session, over: bool) -> dict[Any, Any]:
         if session.shown is None or session.busy:
             return gr.skip()
-        return parts.shown_picture(strip_picture(session.shown, over))
+        if not session.shown.folder.is_dir():
+            return {panel["hint"]: _hint(View(GONE, "bad"))}
+        return {screen["picture"]: parts.shown_picture(strip_picture(session.shown, over))}
 
     def use_all(session: Session) -> dict[Any, Any]:
         return gr.skip() if session.shown is None else fill(session.shown.script)
 
     now = [session, panel["number"], panel["who"], screen["over"]]
-    outputs = [*starts, buttons["stop"], *shown]
-    parts.on([buttons["make"].click], runs(False, False), [*now, *fields], outputs, queue=True)
-    parts.on([panel["again"].click], runs(True, False), [*now, *fields], outputs, queue=True)
-    parts.on([panel["reseeded"].click], runs(True, True), [*now, *fields], outputs, queue=True)
+    outputs = [*starts, buttons["stop"], screen["status"], screen["picture"]]
+    for button, run in zip(starts, (runs(False, False), runs(True, False), runs(True, True)), strict=True):
+        ended = parts.on([button.click], run, [session, panel["number"], *fields], outputs, queue=True)
+        inputs = [*now, form["places"]]  # as they are at the end
+        ended.then(after, inputs, shown, queue=False, show_progress="hidden", api_visibility="private")
     parts.on([buttons["stop"].click], parts.stop_run, [session], [])
-    parts.on([screen["over"].input], lay_over, [session, screen["over"]], [screen["picture"]])
+    over_outputs = [screen["picture"], panel["hint"]]
+    parts.on([screen["over"].input], lay_over, [session, screen["over"]], over_outputs, mode="always_last")
     parts.on([screen["use_all"].click], use_all, [session], filled)
     parts.on([screen["history"].select], show, [*now, form["places"]], shown)
     _connect_panel(session, form["places"], panel)
@@ -216,9 +223,13 @@ def _connect_panel(session: gr.State, table: Any, panel: dict[str, Any]) -> None
         (left, right), (top, bottom) = (sorted(pair) for pair in zip(corner, point, strict=True))
         if min(right - left, bottom - top) < SMALLEST:  # a second click on the same spot takes the first back
             return changed(session, number, who, places)
-        width, height = session.shown.panel(number).size
-        box = box_text((left / width, top / height, right / width, bottom / height))
-        return changed(session, number, who, places, lambda rows: with_place(rows, number, who, box))
+
+        def boxed(rows: Table) -> Table:
+            width, height = session.shown.panel(number).size
+            box = box_text((left / width, top / height, right / width, bottom / height))
+            return with_place(rows, number, who, box)
+
+        return changed(session, number, who, places, boxed)
 
     def forget(session: Session, number: int, who: str, places: Table) -> dict[Any, Any]:
         return changed(session, number, who, places, lambda rows: with_place(rows, number, who, None))
@@ -228,7 +239,7 @@ def _connect_panel(session: gr.State, table: Any, panel: dict[str, Any]) -> None
 
     now = [session, panel["number"], panel["who"], table]
     outputs = [panel["picture"], panel["hint"], panel["corner"]]
-    parts.on([panel["number"].input, panel["who"].input, table.input], choose, now, outputs)
+    parts.on([panel["number"].input, panel["who"].input, table.input], choose, now, outputs, mode="always_last")
     parts.on([panel["picture"].select], click, [*now, panel["corner"]], [*outputs, table])
     parts.on([panel["forget"].click], forget, now, [*outputs, table])
     parts.on([panel["take"].click], take, now, [*outputs, table])
