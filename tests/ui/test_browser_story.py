@@ -64,13 +64,23 @@ def press(page: Page, button: str) -> None:
     expect(page.locator("#story-generate")).to_be_enabled()
 
 
+def choose_panel(page: Page, index: int) -> None:
+    """Look at another panel, and wait until its picture is there."""
+    picture = page.locator("#story-panel-picture img")
+    before = picture.get_attribute("src")
+    page.locator("#story-number label").nth(index).click()
+    expect(picture).not_to_have_attribute("src", before or "")
+
+
 def click_in_panel(page: Page, x: float, y: float) -> None:
-    """Click at fractions of the panel that is shown, which is as high as its frame."""
-    box = page.locator("#story-panel-picture img").bounding_box()
+    """Click at fractions of the panel that is shown, which is as high as its frame, once it stands still."""
+    picture = page.locator("#story-panel-picture img")
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
     assert box is not None
     side = min(box["width"], box["height"])
-    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    page.mouse.click(left + x * side, top + y * side)
+    left, top = (box["width"] - side) / 2, (box["height"] - side) / 2
+    picture.click(position={"x": left + x * side, "y": top + y * side})
 
 
 def downloaded(page: Page, button: str, to: Path) -> Path:
@@ -103,8 +113,7 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
     answer = tab.request.get(tab.locator("#story-picture img").get_attribute("src"))
     assert Image.open(io.BytesIO(answer.body())).size == (140, 32)
 
-    tab.locator("#story-number label").nth(1).click()
-    tab.locator("#story-panel-picture").scroll_into_view_if_needed()
+    choose_panel(tab, 1)
     expect(tab.locator("#story-hint")).to_contain_text("If Flora stands elsewhere")
     click_in_panel(tab, 0.25, 0.5)
     expect(tab.locator("#story-hint")).to_contain_text("opposite corner of Flora")
