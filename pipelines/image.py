@@ -244,13 +244,12 @@ def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter
 def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
     """Raise ValueError if no text encoder sees the whole text; stock pipelines cut it off with a warning."""
     found = []  # (tokens, allowed) for each tokenizer
-    for part, tokenizer in pipe.components.items():
-        if part.startswith("tokenizer") and tokenizer is not None:
-            allowed = tokenizer.model_max_length
-            if _reads_long_text(tokenizer) and "max_sequence_length" in accepts:
-                allowed = text_length(pipe, accepts)  # it is cut there
-            tokens = len(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
-            found.append((tokens, allowed - tokenizer.num_special_tokens_to_add()))
+    for tokenizer in _tokenizers(pipe):
+        allowed = tokenizer.model_max_length
+        if _reads_long_text(tokenizer) and "max_sequence_length" in accepts:
+            allowed = text_length(pipe, accepts)  # it is cut there
+        tokens = len(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
+        found.append((tokens, allowed - tokenizer.num_special_tokens_to_add()))
     if found and all(tokens > allowed for tokens, allowed in found):
         tokens, allowed = max(found, key=lambda pair: pair[1])
         raise ValueError(f"{name} is too long: got {tokens} tokens, this model reads {allowed}; shorten it")
@@ -263,12 +262,14 @@ def text_length(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> int | No
     """
     if "max_sequence_length" not in accepts:
         return None
-    limits = [
-        tokenizer.model_max_length
-        for part, tokenizer in pipe.components.items()
-        if part.startswith("tokenizer") and tokenizer is not None and _reads_long_text(tokenizer)
-    ]
+    limits = [tokenizer.model_max_length for tokenizer in _tokenizers(pipe) if _reads_long_text(tokenizer)]
     return min([accepts["max_sequence_length"].default, *limits])
+
+
+def _tokenizers(pipe: Any) -> list[Any]:
+    """The pipeline's tokenizers; FLUX.2 has its own inside a processor."""
+    parts = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    return [getattr(part, "tokenizer", part) for part in parts]
 
 
 def _reads_long_text(tokenizer: Any) -> bool:

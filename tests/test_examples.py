@@ -58,3 +58,12 @@ def test_demo_makes_pictures_a_contact_sheet_and_a_table(tmp_path, capsys, monke
         assert all(0 <= row[part] <= 1 for part in ("kinds", "tints", "background"))
     assert (out / "table.md").read_text().strip() in capsys.readouterr().out
     assert Image.open(out / "sheet.png").height > 2 * demo.SIDE
+
+
+def test_the_picture_of_the_patterns_in_the_readme_is_what_the_operators_say(tmp_path, monkeypatch):
+    script("patterns", monkeypatch).main(tmp_path / "patterns.png")
+    made, kept = (
+        np.asarray(Image.open(path)) for path in (tmp_path / "patterns.png", EXAMPLES / "pictures" / "patterns.png")
+    )
+    below = 26 + 44  # the titles depend on the font
+    np.testing.assert_array_equal(made[below:], kept[below:])

@@ -92,9 +92,10 @@ class FluxTrainer(Trainer):
         mixed = batch.clean.lerp(batch.noise, times.view(-1, 1, 1, 1))
         target = self.guided(mixed, words, times) if guided else batch.noise - batch.clean
         loss = (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
+        if guided:
+            return loss
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
-        weight = 0.0 if guided else LAYOUT
-        return loss + weight * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
+        return loss + LAYOUT * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
 
     @torch.no_grad()
     def guided(self, mixed: Tensor, words: list[str], times: Tensor) -> Tensor:

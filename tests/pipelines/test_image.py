@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from reattend.attn_processors import install
 from reattend.pipelines import Cancelled, CancelToken, Recipe, generate, preview
+from reattend.pipelines.image import check_length
 
 RECIPE = Recipe(prompt="a blue car on sand", width=40, height=24, steps=3, guidance=4.0, seed=5)
 AGENT = ({"name": "agent", "ratio": 0.4},)
@@ -118,6 +120,30 @@ def test_a_prompt_that_the_model_would_cut_is_refused(sd, field):
     with pytest.raises(ValueError, match="prompt is too long: got 76 tokens, this model reads 75; shorten it"):
         generate(replace(RECIPE, **{field: "a " * 76}), pipe=sd)
     generate(replace(RECIPE, steps=1, **{field: "a " * 75}), pipe=sd)
+
+
+def test_long_text_is_padded_to_what_the_tokenizer_says_at_most():
+    pipe = tiny.flux_pipeline()
+    recipe = Recipe(prompt="a cat", steps=1, seed=0, width=16, height=16)
+    lengths = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    generate(recipe, pipe=pipe)
+    pipe.tokenizer_2.model_max_length = 24
+    generate(recipe, pipe=pipe)
+    assert lengths == [512, 24]
+    with pytest.raises(
+        ValueError, match="too long: got .*, this model reads 7[0-9]"
+    ):  # what CLIP reads, the longer one
+        generate(replace(recipe, prompt="a " * 90), pipe=pipe)
+
+
+def test_a_tokenizer_inside_a_processor_is_asked_itself(sd):
+    processor = SimpleNamespace(tokenizer=sd.tokenizer)
+    pipe = SimpleNamespace(components={"tokenizer": processor, "tokenizer_2": None})
+    with pytest.raises(ValueError, match="got 76 tokens, this model reads 75"):
+        check_length("prompt", "a " * 76, pipe, {})
 
 
 def test_values_that_are_not_numbers_are_an_error_and_no_black_picture(sd):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import PATIENCE, fill, keep_screenshot
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
@@ -17,11 +18,6 @@ from reattend.pipelines.script import Script
 from reattend.ui import story_job
 
 pytestmark = pytest.mark.browser
-
-PATIENCE = 90_000  # milliseconds; machines that run the suite may be busy with other things
-SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
-
-expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -32,10 +28,7 @@ def tab(served: Any, page: Page) -> Page:
     page.goto(served.url)
     page.get_by_role("tab", name="Story").click()
     expect(status(page)).to_have_text("Ready.")
-    for name, value in {"steps": "2", "width": "32", "height": "32", "seed": "3"}.items():
-        page.locator(
-            f"#story-{name} textarea, #story-{name} input[type=number], #story-{name} input[type=text]"
-        ).first.fill(value)
+    fill(page, **{"story-steps": "2", "story-width": "32", "story-height": "32", "story-seed": "3"})
     return page
 
 
@@ -94,12 +87,6 @@ def panels_of(strip: Path, count: int) -> list[bytes]:
     with Image.open(strip) as image:
         assert image.size == (count * 36 - 4, 32)
         return [image.crop((i * 36, 0, i * 36 + 32, 32)).tobytes() for i in range(count)]
-
-
-def keep_screenshot(page: Page, name: str) -> None:
-    """For people to look at; no test reads it."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
 def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(tab, tmp_path):
