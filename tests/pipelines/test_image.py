@@ -123,7 +123,7 @@ def test_a_prompt_that_the_model_would_cut_is_refused(sd, field):
 
 
 def test_long_text_is_padded_to_what_the_tokenizer_says_at_most():
-    pipe = tiny.flux_pipeline()
+    pipe = copy.deepcopy(tiny.flux_pipeline())  # the builder keeps one for all
     recipe = Recipe(prompt="a cat", steps=1, seed=0, width=16, height=16)
     lengths = []
     pipe.transformer.register_forward_pre_hook(
