@@ -42,8 +42,8 @@ class DistillConfig:
         steps: optimiser steps.
         batch: samples per optimiser step, over all processes; the number of processes changes who computes, never what.
         micro_batch: samples in one forward; the rest of the batch is accumulated. Smaller = less memory, slower.
-        optimizer: "adamw"; "adamw-8bit" keeps its moments in a quarter of the memory, on CUDA, by bitsandbytes; "prodigy" finds
-            the learning rate itself, by prodigyopt, and wants lr=1.
+        optimizer: "adamw"; "adamw-8bit" keeps its moments in a quarter of the memory, by bitsandbytes; "prodigy" finds the
+            learning rate itself, by prodigyopt, and wants lr=1.
         lr: peak learning rate.
         warmup: steps over which the learning rate rises.
         schedule: how it goes on after that, to zero at the last step, or flat.
@@ -72,7 +72,8 @@ class DistillConfig:
         validation_prompts: what they show.
         validation_steps: their denoising steps, and those of samples that are made from a file of prompts.
         bad_steps: steps in a row with a loss that is no number, before the run gives up; such steps change nothing.
-        trackers: "tensorboard", "wandb", "trackio": where to report besides the log, by accelerate.
+        trackers: "tensorboard", "wandb", "trackio": where to report besides the log, by accelerate; names, or a text with
+            commas. A run that goes on begins a new one there, except with TensorBoard, which reads the folder.
 
     Raises:
         ValueError: for a value out of range or an unknown name.
@@ -126,7 +127,9 @@ class DistillConfig:
             value = getattr(self, item.name)
             if item.name in ("data", "out"):
                 value = Path(value)
-            elif item.name != "attention":
+            elif item.name == "trackers" and isinstance(value, str) and value[:1] not in ("[", "("):  # of --set
+                value = tuple(name.strip() for name in value.split(",") if name.strip())
+            if item.name not in ("data", "out", "attention"):
                 value = coerce(value, hints[item.name], f"DistillConfig({item.name}=...)")
             object.__setattr__(self, item.name, value)
         object.__setattr__(self, "attention", complete_attention([self.attention])[0])

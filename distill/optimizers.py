@@ -31,13 +31,28 @@ def make_optimizer(config: DistillConfig, parameters: list[nn.Parameter]) -> tor
     if config.parallel == "fsdp":
         raise ValueError(f"optimizer={name!r} does not know shared weights; use parallel='ddp', or optimizer='adamw'")
     if name == "adamw-8bit":
-        if parameters[0].device.type != "cuda":
-            raise ValueError(
-                f"optimizer='adamw-8bit' computes on CUDA only, the model is on {parameters[0].device.type}; use 'adamw'"
-            )
-        return _package(name).optim.AdamW8bit(parameters, **settings)
+        package = _package(name)
+        _try_8bit(package, parameters[0].device)
+        return package.optim.AdamW8bit(parameters, **settings)
     with contextlib.redirect_stdout(io.StringIO()):  # it greets, and stdout belongs to results
         return _package(name).Prodigy(parameters, safeguard_warmup=config.warmup > 0, **settings)
+
+
+def _try_8bit(package: Any, device: torch.device) -> None:
+    """One step on a weight of its own: which devices the package computes on depends on its version.
+
+    Raises ValueError, so that a run ends before its first step and not in it.
+    """
+    weight = nn.Parameter(torch.zeros(8192, device=device))  # shorter ones keep their moments in fp32
+    weight.grad = torch.ones_like(weight)
+    try:
+        package.optim.AdamW8bit([weight]).step()
+    except Exception as error:  # of many kinds: no kernel, no library, no device
+        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        raise ValueError(
+            f"optimizer='adamw-8bit' does not run on {device.type} with this bitsandbytes ({reason}): "
+            "pip install -U bitsandbytes, or use optimizer='adamw'"
+        ) from error
 
 
 def _package(name: str) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -70,8 +72,7 @@ class Ranks:
         try:
             yield cls(accelerator)
         finally:
-            for tracker in accelerator.trackers:
-                tracker.finish()  # not end_training, which also takes away a process group that was there before
+            _finish(accelerator.trackers)
             AcceleratorState._reset_state(reset_partial_state=True)
             if dist.is_initialized() and not there:
                 gc.collect()  # sharded modules that outlive their group keep the interpreter from ending
@@ -157,23 +158,44 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
     def track(self, config: DistillConfig) -> None:
-        """Begin reporting to the trackers of the configuration."""
-        if config.trackers:
-            import json
-
-            plain = {
-                key: value
-                for key, value in json.loads(config.to_json()).items()
-                if isinstance(value, (int, float, str))
-            }
-            self.accelerator.init_trackers("reattend-distill", config=plain)
+        """Begin reporting to the trackers of the configuration. Raises ValueError in one sentence if one cannot."""
+        if not config.trackers:
+            return
+        values = json.loads(config.to_json())
+        plain = {key: value for key, value in values.items() if isinstance(value, (int, float, str))}
+        name = config.out.resolve().name
+        own = {"wandb": {"name": name, "dir": str(config.out)}, "trackio": {"name": name}}
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # some greet, and stdout belongs to results
+                self.accelerator.init_trackers("reattend-distill", config=plain, init_kwargs=own)
+        except Exception as error:  # each has errors of its own: no account, no network, a version that does not fit
+            begun = [tracker.name for tracker in self.accelerator.trackers if _began(tracker)]
+            which = next((name for name in config.trackers if name not in begun), config.trackers[-1])
+            reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+            raise ValueError(
+                f"tracker {which!r} cannot begin: {reason}; mend that, or take it out of trackers"
+            ) from error
 
     def memory(self) -> float:
         """MiB at the peak: of the device's allocator on CUDA, of the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource
-        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _began(tracker: Any) -> bool:
+    """Whether a tracker of accelerate's has a run, which it has on the first process only, once it was started."""
+    return hasattr(tracker, "tracker")
+
+
+def _finish(trackers: list[Any]) -> None:
+    """End reporting. Not by `end_training`, which also takes away a process group that was there before."""
+    with contextlib.redirect_stdout(sys.stderr):
+        for tracker in filter(_began, trackers):
+            if tracker.name == "trackio":  # accelerate's ends the run and leaves it current, to be ended again at exit
+                sys.modules["trackio"].finish()
+            else:
+                tracker.finish()

@@ -81,8 +81,11 @@ def panel_places(pipe: Any, script: Script, number: int) -> tuple[tuple[Place, .
 
 
 def reference_place(pipe: Any, subject: Subject) -> Place:
-    """Where a subject is in its reference picture; it fills it if nothing tells. Raises ValueError or TypeError."""
-    where = subject.found if subject.place is None else subject.place
+    """Where a subject is in its reference picture; it fills it if nothing tells. Raises ValueError or TypeError.
+
+    What a rehearsal found was in a picture that the model drew, and says nothing of one's own.
+    """
+    where = subject.found if subject.place is None and subject.picture is None else subject.place
     if where is not None:
         return as_place(subject.name, where)
     with contextlib.suppress(ValueError):  # not in its own prompt: then it fills its picture

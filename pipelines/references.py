@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attn_processors.bank import Bank
 from ..attn_processors.isolation_reposition import IsolationRepositionAttnProcessor
 from ..attn_processors.method import LayerInfo
-from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, unpack_mask
+from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, pack_mask, tight_box, unpack_mask
 from ..attn_processors.subjects import Place
 from .files import PICTURES
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..attn_processors.context import Context
     from .script import Script
 
-__all__ = ["BankPlan", "Pinned", "opened", "plan_bank", "plan_for", "step_numbers"]
+__all__ = ["BankPlan", "Pinned", "fitted", "opened", "plan_bank", "plan_for", "step_numbers"]
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ class Pinned:
 def encode(pipe: Any, picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """Latents of a picture cut to (width, height) pixels, (1, C, H, W), as the pipeline's denoiser knows them."""
     vae = pipe.vae
-    fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
-    pixels = pipe.image_processor.preprocess(fitted).to(vae.device, vae.dtype)
+    cut = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    pixels = pipe.image_processor.preprocess(cut).to(vae.device, vae.dtype)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode()
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
@@ -208,6 +208,33 @@ def opened(path: str) -> Image.Image:
         raise ValueError(
             f"cannot read the reference picture {path}: {reason}; give a PNG, JPEG or WebP file."
         ) from None
+
+
+def fitted(picture: Image.Image, place: Place, size: tuple[int, int]) -> tuple[Image.Image, Place]:
+    """A picture cut and scaled to (width, height) pixels, and the place of its subject in what is left of it.
+
+    As much as has this shape is kept: around the place if there is one, else from the middle.
+    """
+    ratio = picture.width / picture.height * size[1] / size[0]
+    shares = (min(1 / ratio, 1.0), min(ratio, 1.0))  # of width and height that are kept
+    mask = None if place.mask is None else unpack_mask(place.mask)
+    box = place.box if mask is None else tight_box(mask)
+    middles = (0.5, 0.5) if box is None else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    starts = [min(max(middle - share / 2, 0.0), 1 - share) for middle, share in zip(middles, shares, strict=True)]
+    centring = [start / (1 - share) if share < 1 else 0.5 for start, share in zip(starts, shares, strict=True)]
+    cut = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS, centering=(centring[0], centring[1]))
+    if mask is not None:
+        for axis, side in ((0, 1), (1, 0)):  # rows are the second of (width, height)
+            first = min(round(starts[side] * mask.shape[axis]), mask.shape[axis] - 1)
+            mask = mask.narrow(
+                axis, first, max(1, min(round(shares[side] * mask.shape[axis]), mask.shape[axis] - first))
+            )
+        return cut, replace(place, mask=pack_mask(mask))
+    if box is not None:
+        inside = [(edge - starts[i % 2]) / shares[i % 2] for i, edge in enumerate(box)]
+        x0, y0, x1, y1 = (min(max(edge, 0.0), 1.0) for edge in inside)
+        return cut, replace(place, box=(x0, y0, x1, y1))
+    return cut, place
 
 
 def _packed(pipe: Any, clean: Tensor, latents: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Subject:
         prompt: what its reference picture shows; empty: the phrase.
         picture: a picture file in place of a made one.
         place: where it is in its reference picture: a box [x0, y0, x1, y1], {"mask": ...}, or None: it is found by its
-            phrase if the prompt has it, else it fills the picture.
+            phrase if the prompt has it, else it fills the picture. In a picture of one's own, as the file shows it: if
+            that has another shape than the story, it is cut around the place.
         seed: of its reference picture; None: from the story's.
         found: where a rehearsal found it, used in place of its phrase; a new prompt or seed forgets it.
     """

@@ -25,7 +25,7 @@ from .image import attention_of, stock_rows
 from .load import load
 from .masks import as_place
 from .placing import filled_in_story, panel_places, reference_place
-from .references import Pinned, opened, plan_for
+from .references import Pinned, fitted, opened, plan_for
 from .script import Panel, Script, Subject
 from .told import Story
 
@@ -105,15 +105,18 @@ class _Job:
         self.began = time.monotonic()
         self.calls, self.call = 1, 0
         self.pictures: dict[str, Image.Image] = {}  # of one's own, by subject
+        self.cut: dict[str, tuple[Image.Image, Place]] = {}  # the same in the story's size, and where the subject is
         unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
         self.settings = {**USUAL, **unet, **script.consistency, "strength": script.strength}
 
     def check(self, groups: Sequence[range]) -> None:
         """Read every place and picture, and find the words of the panels to make, before any work. Raises as `story`."""
         for subject in self.script.subjects:
-            reference_place(self.pipe, subject)
+            place = reference_place(self.pipe, subject)
             if subject.picture is not None:
-                self.pictures[subject.name] = opened(subject.picture)
+                picture = self.pictures[subject.name] = opened(subject.picture)
+                assert self.script.width is not None and self.script.height is not None, "filled in"
+                self.cut[subject.name] = fitted(picture, place, (self.script.width, self.script.height))
         for panel in self.script.panels:
             for name, where in [*(panel.places or {}).items(), *(panel.found or {}).items()]:
                 if where is not None:
@@ -139,7 +142,7 @@ class _Job:
             {
                 **self.settings,
                 "panels": tuple(panels),
-                "references": tuple(reference_place(self.pipe, subject) for subject in subjects),
+                "references": tuple(self._reference(subject) for subject in subjects),
                 "source": "rows" if self.script.bank is None or not subjects else "bank",
             }
         )
@@ -161,6 +164,10 @@ class _Job:
             made.report += [line for context in contexts for line in method.cast(context).told()]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
+
+    def _reference(self, subject: Subject) -> Place:
+        """Where a subject is in the picture of its row."""
+        return self.cut[subject.name][1] if subject.name in self.cut else reference_place(self.pipe, subject)
 
     def _rehearse(self, group: range, made: Story) -> None:
         """Find who has no place, in what the stock model makes of the same prompts and seeds."""
@@ -250,7 +257,7 @@ class _Job:
     def _run(self, prompts: list[str], seeds: list[Any], rows: Sequence[Subject]) -> list[Image.Image]:
         script = self.script
         recipe = script.recipe(prompts[0])
-        pictures = {row: self.pictures[one.name] for row, one in enumerate(rows) if one.picture is not None}
+        pictures = {row: self.cut[one.name][0] for row, one in enumerate(rows) if one.picture is not None}
         assert script.width is not None and script.height is not None
         pinned = None
         if pictures:

@@ -15,7 +15,7 @@ from .masks import overlay
 from .references import opened
 from .script import Script
 
-__all__ = ["Story", "strip"]
+__all__ = ["Story", "beside", "strip"]
 
 GAP = 4  # pixels between the pictures of a strip
 
@@ -55,22 +55,19 @@ class Story:
         for number, picture in self.panels.items():
             files[folder / f"panel-{number + 1}.png"] = picture
             files[folder / f"panel-{number + 1}-places.png"] = self.shown(number)
-        for i, subject in enumerate(self.script.subjects):
+        script = beside(self.script)
+        for i, (subject, named) in enumerate(zip(self.script.subjects, script.subjects, strict=True)):
             if subject.name in self.references:
                 files[folder / f"reference-{i + 1}.png"] = self.references[subject.name]
-            if subject.picture is not None:
-                files[folder / f"picture-{i + 1}.png"] = self.pictures.get(subject.name) or opened(subject.picture)
+            if subject.picture is not None and named.picture is not None:
+                files[folder / named.picture] = self.pictures.get(subject.name) or opened(subject.picture)
         pictures = [
             self.panels.get(number) or _there(folder / f"panel-{number + 1}.png")
             for number in range(len(self.script.panels))
         ]
         if all(picture is not None for picture in pictures):
             files[folder / "strip.png"] = strip([picture for picture in pictures if picture is not None])
-        subjects = tuple(
-            one if one.picture is None else replace(one, picture=f"picture-{i + 1}.png")
-            for i, one in enumerate(self.script.subjects)
-        )
-        told = replace(self.script, subjects=subjects).to_json()
+        told = script.to_json()
         files[folder / "story.json"] = told + "\n"
         chunks = PngInfo()
         chunks.add_text("reattend story", told)
@@ -81,6 +78,15 @@ class Story:
                 else:
                     content.save(aside, format="PNG", pnginfo=chunks)
         return list(files)
+
+
+def beside(script: Script) -> Script:
+    """The story as its file says it: pictures of one's own by the names they have beside that file."""
+    subjects = tuple(
+        one if one.picture is None else replace(one, picture=f"picture-{i + 1}.png")
+        for i, one in enumerate(script.subjects)
+    )
+    return replace(script, subjects=subjects)
 
 
 def strip(pictures: Sequence[Image.Image], columns: int = 6) -> Image.Image:

@@ -1,7 +1,8 @@
 """The form of the story tab: tables of characters, panels and places -> `Script`, and back. Plain functions, no Gradio.
 
-What the form has no field for (masks, where a rehearsal found somebody, other attention, a bank) is kept from the story
-that filled it, as JSON in the field "kept", and stays as long as what it belongs to is not changed.
+Pictures of one's own are files that `story_files` keeps. What the form has no field for (masks, where a rehearsal found
+somebody, other attention, a bank) is kept from the story that filled it, as JSON in the field "kept", and stays as long as
+what it belongs to is not changed.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.masks import as_place
-from ..pipelines.recipe import FILE_SIZE
 from ..pipelines.script import OTHER_PICTURES, Panel, Script, Subject
 from .attention_form import as_text
 from .image_job import attention_words, check_model, number, whole
-from .jobs import one_line
 
 __all__ = [
     "CHARACTERS", "FIELDS", "MASK", "NOT_HERE", "OWN", "PANELS", "PLACES", "START", "Table", "box_text", "fill_story_form",
-    "kept_words", "load_story", "places_in", "read_place", "read_story_form", "with_place",
+    "kept_words", "people", "places_in", "read_place", "read_story_form", "with_place",
 ]  # fmt: skip
 
 FIELDS = (
     "characters", "panels", "places", "strength", "together", "steps", "seed", "width", "height", "negative", "model",
-    "guidance", "dtype", "kept",
+    "guidance", "dtype", "pictures", "kept",
 )  # fmt: skip
 CHARACTERS = ("Name", "Words in the captions", "What its own picture shows", "Seed")
 PANELS = ("Caption", "Seed")
@@ -50,6 +49,7 @@ def read_story_form(form: Mapping[str, Any], models: Sequence[str]) -> Script:
 
     Args:
         form: FIELDS; "characters", "panels" and "places" are tables, lists of rows. Empty rows count for nothing.
+            "pictures" are files by the names of characters.
         models: the models this page offers.
 
     Raises:
@@ -58,6 +58,7 @@ def read_story_form(form: Mapping[str, Any], models: Sequence[str]) -> Script:
     check_model(form["model"], models)
     old = Script.from_json(form["kept"]) if form["kept"] else None
     subjects = tuple(_subject(i, *row) for i, row in enumerate(_rows(form["characters"], len(CHARACTERS)), start=1))
+    subjects = _pictured(subjects, form["pictures"] or {})
     panels = tuple(_panel(i, *row) for i, row in enumerate(_rows(form["panels"], len(PANELS)), start=1))
     script = Script(
         subjects=subjects,
@@ -86,11 +87,6 @@ def fill_story_form(script: Script, models: Sequence[str]) -> dict[str, Any]:
     """
     check_model(script.model, models)
     for one in script.subjects:
-        if one.picture is not None:
-            raise ValueError(
-                f"The story has a picture file for {one.name!r}, which this page does not open; "
-                "make it on the command line: reattend story FILE."
-            )
         _where(one.name, one.found)  # raises
     places = [[OWN, one.name, _where(one.name, one.place)] for one in script.subjects if one.place is not None]
     for i, panel in enumerate(script.panels, start=1):
@@ -105,27 +101,11 @@ def fill_story_form(script: Script, models: Sequence[str]) -> dict[str, Any]:
         "characters": [[one.name, one.phrase, one.prompt, as_text(one.seed)] for one in script.subjects],
         "panels": [[panel.prompt, as_text(panel.seed)] for panel in script.panels],
         "places": places,
+        "pictures": {one.name: one.picture for one in script.subjects if one.picture is not None},
         **{name: getattr(script, name) for name in names},
         **{name: as_text(getattr(script, name)) for name in open_ones},
         "kept": script.to_json(),
     }
-
-
-def load_story(path: Path, models: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Read a story from a JSON file: the form's fields (none if it cannot be used), and what is wrong, or "".
-
-    Files that the story names lie on the machine of whoever sent it, so none is opened.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(FILE_SIZE * 10 + 1)
-        if len(content) > FILE_SIZE * 10:
-            raise ValueError(f"The file is too big for a story: over {FILE_SIZE * 10} bytes.")
-        return fill_story_form(Script.from_json(content.decode("utf-8")), models), ""
-    except UnicodeDecodeError:
-        return {}, f"{path.name} holds no story: it is no text; load the story.json of one that was made."
-    except (ValueError, TypeError, OSError) as error:
-        return {}, one_line(error).replace(str(path), path.name)  # the server's own path is nobody's business
 
 
 def kept_words(script: Script) -> str:
@@ -152,10 +132,16 @@ def places_in(table: Table) -> dict[tuple[str, str], str]:
     return places
 
 
-def with_place(table: Table, panel: int, who: str, where: str | None) -> Table:
-    """The table of places with one place changed, or without it (None); panel is counted from 0."""
-    rows = [row for row in _rows(table, len(PLACES)) if (_number(row[0]), row[1]) != (str(panel + 1), who)]
-    rows += [] if where is None else [[str(panel + 1), who, where]]
+def people(characters: Table, pictures: Mapping[str, str]) -> list[str]:
+    """Who can have a picture: the names in the table of characters, and whoever still has one."""
+    return list(dict.fromkeys([*(row[0] for row in _rows(characters, len(CHARACTERS)) if row[0]), *pictures]))
+
+
+def with_place(table: Table, panel: int | str, who: str, where: str | None) -> Table:
+    """The table of places with one place changed, or without it (None); panel is counted from 0, or OWN."""
+    place = OWN if panel == OWN else str(int(panel) + 1)
+    rows = [row for row in _rows(table, len(PLACES)) if (_number(row[0]), row[1]) != (place, who)]
+    rows += [] if where is None else [[place, who, where]]
 
     def order(row: list[Any]) -> int:
         panel = _number(row[0])
@@ -185,6 +171,20 @@ def _subject(row: int, name: str, phrase: str, prompt: str, seed: str) -> Subjec
     if not name:
         raise ValueError(f'Row {row} of the characters has no name; give it one, such as "Tom".')
     return Subject(name=name, phrase=phrase, prompt=prompt, seed=whole(f"seed of {name!r}", seed))
+
+
+def _pictured(subjects: Sequence[Subject], pictures: Mapping[str, str]) -> tuple[Subject, ...]:
+    """The characters with the pictures that were given for them."""
+    names = [one.name for one in subjects]
+    for name, file in pictures.items():
+        if name not in names:
+            raise ValueError(
+                f"There is a picture for {name!r}, who is no character; there are {', '.join(names)}. Take the "
+                "picture away, or call a character so again."
+            )
+        if not Path(file).exists():
+            raise ValueError(f"The picture for {name!r} is no longer there; give it again.")
+    return tuple(replace(one, picture=pictures.get(one.name)) for one in subjects)
 
 
 def _panel(row: int, caption: str, seed: str) -> Panel:
@@ -263,7 +263,7 @@ def _found_before(script: Script, old: Script) -> Script:
     subjects = tuple(
         replace(one, found=was.found)
         if (was := before.get(one.name)) is not None
-        and (one.phrase, one.prompt) == (was.phrase, was.prompt)
+        and (one.phrase, one.prompt, one.picture) == (was.phrase, was.prompt, was.picture)
         and same_seed(one.seed, was.seed)
         else one
         for one in script.subjects

@@ -28,7 +28,8 @@ from ..pipelines.told import strip
 from .finding import finder
 from .image_job import Previewer, View, followed
 from .jobs import Progress, Session
-from .story_form import MASK, NOT_HERE, Table, box_text, places_in, read_place, read_story_form, with_place
+from .story_files import pack_story
+from .story_form import MASK, NOT_HERE, OWN, Table, box_text, places_in, read_place, read_story_form, with_place
 
 __all__ = [
     "GONE",
@@ -37,6 +38,7 @@ __all__ = [
     "StoryMade",
     "found_places",
     "make_story",
+    "own_picture",
     "panel_picture",
     "story_words",
     "strip_picture",
@@ -82,6 +84,12 @@ class StoryMade:
     @property
     def story_file(self) -> Path:
         return self.folder / "story.json"
+
+    @property
+    def download(self) -> Path:
+        """What makes the story elsewhere: its file, or with pictures of one's own a zip of it and them."""
+        packed = any(one.picture is not None for one in self.script.subjects)
+        return self.folder / "story.zip" if packed else self.story_file
 
     @property
     def own(self) -> dict[str, Path]:
@@ -151,6 +159,8 @@ class StoryJob:
             if before is not None:
                 shutil.copytree(before.folder, folder)
             made.save(folder)
+            if any(one.picture is not None for one in made.script.subjects):
+                pack_story(made.script, folder / "story.zip")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -257,11 +267,40 @@ def panel_picture(
         if panel == str(number + 1) and who in names and where.lower() not in ("", MASK, NOT_HERE):
             places[who] = as_place(who, read_place(who, where, None))
     image = overlay(made.panel(number), [places[name] for name in names if name in places], names)
-    if corner is not None:
-        draw, (x, y), arm = ImageDraw.Draw(image), corner, image.width // 16
-        for width, colour in ((7, "white"), (3, "black")):
-            draw.line((x - arm, y, x + arm, y), fill=colour, width=width)
-            draw.line((x, y - arm, x, y + arm), fill=colour, width=width)
+    return image if corner is None else _crossed(image, corner)
+
+
+def own_picture(
+    file: str, who: str, names: Sequence[str], table: Table | None = None, corner: Sequence[int] | None = None
+) -> Image.Image:
+    """A picture that was given for a character, of at most SHOWN pixels, with the place that the table says laid over it.
+
+    Args:
+        names: of all characters, for the colours.
+        corner: as for `panel_picture`.
+
+    Raises:
+        ValueError, TypeError: the row of the table cannot be read, or the file is gone.
+    """
+    try:
+        with Image.open(file, formats=["PNG"]) as kept:
+            image = kept.convert("RGB")
+    except OSError:
+        raise ValueError(f"The picture for {who!r} is no longer there; give it again.") from None
+    times = SHOWN / max(image.size)
+    image = image.resize((max(1, round(image.width * times)), max(1, round(image.height * times))))
+    where = places_in(table or []).get((OWN, who), "")
+    if where.lower() not in ("", MASK, NOT_HERE):
+        image = overlay(image, [as_place(who, read_place(who, where, None))], names)
+    return image if corner is None else _crossed(image, corner)
+
+
+def _crossed(image: Image.Image, corner: Sequence[int]) -> Image.Image:
+    """With a cross at a click that waits for its opposite corner."""
+    draw, (x, y), arm = ImageDraw.Draw(image), corner, image.width // 16
+    for width, colour in ((7, "white"), (3, "black")):
+        draw.line((x - arm, y, x + arm, y), fill=colour, width=width)
+        draw.line((x, y - arm, x, y + arm), fill=colour, width=width)
     return image
 
 

@@ -64,13 +64,40 @@ def test_prodigy_trains_and_goes_on(flux, config):
     assert_goes_on(config(optimizer="prodigy", lr=1.0, steps=6, warmup=2), flux)
 
 
+class EightBit(Restless):
+    """As bitsandbytes' AdamW8bit: moments are codes, and what it computes on shows in its first step."""
+
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, lr, weight_decay, safeguard_warmup=False)
+
+    def step(self, closure: Any = None) -> None:
+        if (device := self.param_groups[0]["params"][0].device.type) not in self.devices:
+            raise NotImplementedError(f"no kernel\nfor {device}.")
+        super().step()
+
+
+def test_eight_bits_run_where_their_package_does(flux, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=EightBit)))
+    assert_goes_on(config(optimizer="adamw-8bit", steps=4), flux)
+    monkeypatch.setattr(EightBit, "devices", ("cuda",))
+    steps: list[Any] = []
+    words = r"'adamw-8bit' does not run on cpu with this bitsandbytes \(no kernel for cpu\): pip install -U"
+    settings = config(optimizer="adamw-8bit", out=config().out.with_name("refused"), log_every=1)
+    with pytest.raises(ValueError, match=words):
+        distill(settings, pipe=flux, on_step=steps.append)
+    assert steps == [] and not (settings.out / "log.jsonl").exists()
+
+
 def test_what_is_not_there_is_told(flux, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(
         ValueError, match=r"optimizer='prodigy' needs the package prodigyopt .*: pip install prodigyopt, or use"
     ):
         distill(config(optimizer="prodigy", lr=1.0), pipe=flux)
-    with pytest.raises(ValueError, match="'adamw-8bit' computes on CUDA only, the model is on cpu"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"needs the package bitsandbytes .*: pip install bitsandbytes, or use"):
         distill(config(optimizer="adamw-8bit"), pipe=flux)
     with pytest.raises(ValueError, match=r"finds the learning rate itself .* got lr=0.001; set lr=1"):
         config(optimizer="prodigy")

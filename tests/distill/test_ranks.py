@@ -1,7 +1,9 @@
-"""How a run joins its processes, without any: the limit they wait for, what is sharded first, and trackers that are not there."""
+"""How a run joins its processes, without any: the limit they wait for, what is sharded first, and trackers."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import LoggerType
 
+from reattend.distill import distill
 from reattend.distill.ranks import Ranks
 
 
@@ -64,3 +68,47 @@ def test_a_tracker_that_is_not_installed_is_told(config, monkeypatch):
     words = "tracker 'wandb' is not installed; pip install wandb"
     with pytest.raises(ValueError, match=words), Ranks.joined(config(trackers=("wandb",))):
         pass
+
+
+def test_a_tracker_that_cannot_begin_is_told(config, monkeypatch):
+    def refuse(**how: Any) -> None:
+        raise RuntimeError("no account.\nLog in.")
+
+    monkeypatch.setattr(
+        "accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD, LoggerType.WANDB]
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    settings = config(trackers="tensorboard, wandb")
+    words = "tracker 'wandb' cannot begin: no account. Log in; mend that, or take it out of trackers"
+    with pytest.raises(ValueError, match=words), Ranks.joined(settings) as ranks:
+        ranks.track(settings)
+
+
+def test_a_tracker_hears_what_the_log_does_and_stdout_stays_clean(flux, config, monkeypatch, capsys):
+    heard: list[Any] = []
+
+    class Chatty:
+        """As trackio: it greets, and accelerate ends its run without telling it that none is current."""
+
+        config = SimpleNamespace(update=lambda values, **how: heard.append(values["batch"]))
+
+        def init(self, **how: Any) -> Any:
+            print("hello", how["name"])
+            return self
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            heard.append({"step": step} | values)
+
+        def finish(self) -> None:
+            print("bye")
+            heard.append("finished")
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
+    monkeypatch.setitem(sys.modules, "trackio", Chatty())
+    settings = config(trackers="trackio", steps=2, log_every=1)
+    distill(settings, pipe=flux)
+    lines = [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
+    plain = [{key: value for key, value in line.items() if key != "layers"} for line in lines]
+    assert heard == [4, *plain, "finished"]
+    told = capsys.readouterr()
+    assert told.out == "" and "hello run" in told.err and "bye" in told.err

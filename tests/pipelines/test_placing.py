@@ -62,6 +62,7 @@ def test_in_flux_the_other_words_are_the_background(flux):
         ({"place": LEFT, "found": RIGHT}, Place(subject="Tom", box=tuple(LEFT))),
         ({"found": RIGHT}, Place(subject="Tom", box=tuple(RIGHT))),
         ({"prompt": "a pet"}, Place(subject="Tom")),
+        ({"prompt": "a pet", "found": RIGHT, "picture": "tom.png"}, Place(subject="Tom")),
     ],
 )
 def test_a_reference_is_where_it_was_put_or_found_or_fills_its_picture(sd, changes, place):

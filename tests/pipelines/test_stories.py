@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from reattend.attn_processors import Place
+from reattend.attn_processors.ops.regions import pack_mask, tight_box, unpack_mask
 from reattend.pipelines import Cancelled, CancelToken, Panel, Script, Subject, story
 from reattend.pipelines.masks import mask_picture, overlay, read_mask, text_tokens, words_of
-from reattend.pipelines.references import encode, plan_bank
+from reattend.pipelines.references import encode, fitted, plan_bank
 from reattend.pipelines.told import Story, strip
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
@@ -204,6 +206,29 @@ def test_a_picture_of_ones_own_stays_in_its_row(family, request, tmp_path):
         latents = clean / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         want = pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
     assert close(made.references["Tom"], want)
+
+
+def test_a_picture_of_another_shape_is_cut_around_its_place():
+    values = np.zeros((20, 80, 3), np.uint8)
+    values[5:15, 50:60] = 255
+    picture = Image.fromarray(values)
+
+    def white(place: Place) -> tuple[list[float], Place]:
+        cut, there = fitted(picture, place, (40, 40))
+        rows, columns = np.nonzero(np.asarray(cut)[..., 0] > 127)
+        return [edge / 40 for edge in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)], there
+
+    seen, place = white(Place(subject="Tom", box=(50 / 80, 0.25, 60 / 80, 0.75)))
+    assert seen == pytest.approx([0.25, 0.25, 0.75, 0.75], abs=0.03) and place.box == pytest.approx(seen, abs=0.03)
+    seen, place = white(Place(subject="Tom", box=(50 / 80, 0.25, 1.0, 0.75)))  # wider than what is kept
+    assert seen == pytest.approx([0.0, 0.25, 0.25, 0.75], abs=0.03) and place.box == pytest.approx((0, 0.25, 1, 0.75))
+    mask = torch.from_numpy(values[::5, ::5, 0] > 127)
+    seen, place = white(Place(subject="Tom", mask=pack_mask(mask)))
+    assert place.mask is not None and tight_box(unpack_mask(place.mask)) == pytest.approx(seen, abs=0.03)
+    cut, place = fitted(picture, Place(subject="Tom"), (40, 40))
+    assert same(cut, ImageOps.fit(picture, (40, 40), Image.Resampling.LANCZOS)) and place == Place(subject="Tom")
+    box = Place(subject="Tom", box=(0.1, 0.2, 0.3, 0.4))
+    assert fitted(picture, box, (80, 20)) == (picture, box)
 
 
 def test_a_picture_that_cannot_be_read_is_one_sentence(sd, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,78 @@ def test_a_story_is_made_one_panel_of_it_again_and_its_file_makes_it_once_more(t
     expect(cell(tab, "panels", 3, 0)).to_contain_text("a house on sea")
     press(tab, "generate")
     assert panels_of(downloaded(tab, "save-strip", tmp_path / "third.png"), 4) == second
+
+
+def give(page: Page, button: str, *files: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator(f"#story-{button}").click()
+    chooser.value.set_files(list(files))
+
+
+def click_in_own_picture(page: Page, x: float, y: float) -> None:
+    """Click at fractions of a picture twice as wide as high, which is shown as large as its frame allows."""
+    picture = page.locator("#story-own-picture img")
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    assert box is not None
+    width, height = min(box["width"], 2 * box["height"]), min(box["height"], box["width"] / 2)
+    left, top = (box["width"] - width) / 2, (box["height"] - height) / 2
+    picture.click(position={"x": left + x * width, "y": top + y * height})
+
+
+def test_a_character_is_given_a_picture_and_its_story_is_saved_loaded_and_made_again(tab, tmp_path):
+    Image.linear_gradient("L").resize((80, 40)).convert("RGB").save(tmp_path / "hill.jpg")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    hint = tab.locator("#story-own-hint [role=status]")
+    tab.locator("#story-own-fold button").first.click()
+    expect(hint).to_have_text("Flora has no picture of yours; the model draws one.")
+    tab.locator("#story-own-who label").nth(1).click()
+    expect(hint).to_contain_text("Hill has no picture")
+    give(tab, "own-give", tmp_path / "broken.png")
+    expect(tab.locator("#story-own-hint .bad")).to_contain_text(
+        "picture for 'Hill' cannot be read; give a PNG, JPEG or"
+    )
+    give(tab, "own-give", tmp_path / "hill.jpg")
+    expect(hint).to_contain_text("Hill is drawn after this picture")
+    expect(tab.locator("#story-own-who label").nth(1)).to_contain_text("Hill ✓")
+    click_in_own_picture(tab, 0.5, 0.25)
+    expect(hint).to_contain_text("opposite corner of Hill")
+    click_in_own_picture(tab, 0.9, 0.75)
+    expect(cell(tab, "places", 0, 0)).to_contain_text("own")
+    expect(hint).to_contain_text("after what is in the frame")
+    press(tab, "generate")
+    expect(tab.locator("#story-own img")).to_have_count(2)
+    expect(tab.locator("#story-panel-picture img")).to_be_visible()
+    keep_screenshot(tab, "story-own-picture")
+    first = panels_of(downloaded(tab, "save-strip", tmp_path / "first.png"), 3)
+    with zipfile.ZipFile(downloaded(tab, "save-story", tmp_path / "story.zip")) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    script = Script.read(tmp_path / "unpacked" / "story.json")
+    assert script.subjects[1].picture == str(tmp_path / "unpacked" / "picture-2.png")
+    assert script.subjects[1].place == pytest.approx([0.5, 0.25, 0.9, 0.75], abs=0.02)
+    tab.locator("#story-again").click()
+    expect(tab.locator("#story-history img")).to_have_count(2)
+    assert panels_of(downloaded(tab, "save-strip", tmp_path / "again.png"), 3) == first
+
+    tab.reload()
+    tab.get_by_role("tab", name="Story").click()
+    give(tab, "load", tmp_path / "unpacked" / "story.json")
+    expect(tab.locator("#story-status .bad")).to_contain_text("picture-2.png, which was not sent with it")
+    give(tab, "load", tmp_path / "story.zip")
+    expect(status(tab)).to_contain_text("Story loaded")
+    expect(tab.locator("#story-own-who label").nth(1)).to_contain_text("Hill ✓")
+    press(tab, "generate")
+    assert panels_of(downloaded(tab, "save-strip", tmp_path / "second.png"), 3) == first
+
+    tab.locator("#story-own-who label").nth(1).click()
+    expect(hint).to_contain_text("Hill is drawn after what is in the frame")
+    tab.locator("#story-own-take").click()
+    expect(hint).to_contain_text("Hill has no picture")
+    expect(cell(tab, "places", 0, 0)).not_to_contain_text("own")
+    tab.locator("#story-again").click()
+    expect(tab.locator("#story-status .bad")).to_contain_text("(the characters changed)")
+    tab.locator("#story-write").click()
+    expect(status(tab)).to_contain_text(".json, which is for the command reattend story too")
 
 
 def test_bad_input_is_answered_with_a_sentence_and_a_form_can_be_saved_before_it_is_made(tab, tmp_path):

@@ -15,7 +15,7 @@ from reattend.ui.story_form import (
     box_text,
     fill_story_form,
     kept_words,
-    load_story,
+    people,
     places_in,
     read_story_form,
     with_place,
@@ -103,6 +103,18 @@ def test_what_a_rehearsal_found_is_kept_as_long_as_it_would_find_it_again(change
     assert (again.subjects[0].found is not None, again.panels[0].found is not None) == kept
 
 
+def test_a_picture_belongs_to_its_character_and_what_was_found_in_a_drawn_one_is_forgotten():
+    script = replace(made(), subjects=made().subjects[:2], panels=made().panels[:1])
+    form = fill_story_form(script, [MODEL])
+    given = read_story_form(form | {"pictures": {"Tom": __file__}}, [MODEL])
+    assert [(one.picture, one.found) for one in given.subjects] == [(__file__, None), (None, None)]
+    form = fill_story_form(given, [MODEL])
+    assert form["pictures"] == {"Tom": __file__}
+    assert read_story_form(form, [MODEL]).subjects == given.subjects
+    rows = [["Tom", "", "", ""], ["", "", "", ""], [" Rex", "", "", ""]]
+    assert people(rows, {"Old": "x", "Tom": "y"}) == ["Tom", "Rex", "Old"]
+
+
 def test_a_new_character_in_a_caption_is_looked_for():
     panel = replace(made().panels[0], places={"Tom": None})
     script = replace(made(), panels=(panel,), subjects=made().subjects[:1])
@@ -148,6 +160,7 @@ def test_a_place_is_put_into_the_table_and_taken_out_again():
     typed = [["03", "Hill", "x"], ["Panel 2", "Flora", "y"], ["Own", "Hill", "y"]]
     assert with_place(typed, 1, "Flora", "z") == [typed[2], ["2", "Flora", "z"], typed[0]]
     assert with_place(typed, 2, "Hill", None) == [typed[2], typed[1]]
+    assert with_place(typed, "own", "Hill", "w") == [["own", "Hill", "w"], typed[1], typed[0]]
 
 
 BAD = {
@@ -172,6 +185,8 @@ BAD = {
     "is turned around": {"places": [["1", "Flora", "1 0 0 1"]]},
     "edges that are no numbers": {"places": [["1", "Flora", "nan 0 1 1"]]},
     "There is no mask of 'Flora' to keep": {"places": [["1", "Flora", "mask"]]},
+    "There is a picture for 'Bob', who is no character": {"pictures": {"Bob": __file__}},
+    "picture for 'Hill' is no longer there": {"pictures": {"Hill": "/nowhere.png"}},
 }
 
 
@@ -180,32 +195,3 @@ def test_bad_input_is_one_sentence(words):
     with pytest.raises((ValueError, TypeError), match=words) as problem:
         read_story_form(story_form(**BAD[words]), [MODEL])
     assert "\n" not in str(problem.value)
-
-
-@pytest.mark.parametrize(
-    ("story", "words"),
-    [
-        ({"model": "elsewhere"}, "does not offer the model 'elsewhere'"),
-        ({"subjects": [{"name": "cat", "picture": "tom.png"}]}, "has a picture file for 'cat'"),
-        ({"subjects": [{"name": "cat", "place": {"mask": "/etc/passwd"}}]}, "is no packed mask"),
-        ({"panels": [{"prompt": "a cat", "found": {"cat": 3}}]}, "place of 'cat' must be a box"),
-        ({"subjects": [{"name": "cat", "found": 3}]}, "place of 'cat' must be a box"),
-        ({"panels": []}, "1 to 1000 panels"),
-        (None, "holds no story"),
-    ],
-)
-def test_an_unusable_file_is_one_sentence_and_fills_nothing(tmp_path, story, words):
-    file = tmp_path / "tale.json"
-    usual = {"model": MODEL, "subjects": ["cat"], "panels": [{"prompt": "a cat"}]}
-    usual["subjects"] = [{"name": "cat"}]
-    file.write_bytes(b"\xff\xfe\x00" if story is None else json.dumps(usual | story).encode())
-    values, wrong = load_story(file, [MODEL])
-    assert values == {}
-    assert words in wrong and "\n" not in wrong and str(tmp_path) not in wrong
-
-
-def test_a_file_fills_the_form(tmp_path):
-    file = tmp_path / "tale.json"
-    file.write_text(made().to_json())
-    values, wrong = load_story(file, [MODEL])
-    assert wrong == "" and values == fill_story_form(made(), [MODEL])

@@ -18,6 +18,7 @@ from reattend.pipelines.masks import COLOURS
 from reattend.ui import image_job, story_job
 from reattend.ui.image_job import ImageJob, Previewer, make_image
 from reattend.ui.jobs import Session, Worker, by_class
+from reattend.ui.story_files import keep_picture, load_story
 from reattend.ui.story_form import fill_story_form, with_place
 from reattend.ui.story_job import (
     GONE,
@@ -26,6 +27,7 @@ from reattend.ui.story_job import (
     StoryMade,
     found_places,
     make_story,
+    own_picture,
     panel_picture,
     story_words,
     strip_picture,
@@ -158,6 +160,41 @@ def test_a_rehearsal_is_remembered_and_its_places_can_be_taken_over(session, mon
     assert asked == [] and placed.script.panels[1].found is not None  # Rex is still where he was found
     made_by(session, bare, panel=1)
     assert asked == []
+
+
+def test_a_picture_of_ones_own_stays_with_its_story(session, tmp_path):
+    colours = Image.linear_gradient("L").resize((60, 24))
+    colours.save(tmp_path / "sent.jpg")
+    kept = keep_picture(tmp_path / "sent.jpg", "Rex", tmp_path / "kept")
+    given = form(pictures={"Rex": kept}, places=[["own", "Rex", "0, 0, 0.4, 1"]])
+    plain = made_by(session, form())
+    first = made_by(session, given)
+    assert plain.download == plain.story_file and first.download.name == "story.zip"
+    assert not np.array_equal(np.asarray(first.panel(0)), np.asarray(plain.panel(0)))
+    again = made_by(session, given, panel=1)
+    assert contents(again) == contents(first)
+    other = made_by(session, given, panel=1, new_seed=True)
+    assert np.array_equal(np.asarray(other.panel(0)), np.asarray(first.panel(0)))
+    values, wrong = load_story([other.download], [MODEL], tmp_path / "kept")
+    assert wrong == "" and values["pictures"] == {"Rex": kept}
+    whole = made_by(session, values)
+    assert [np.array_equal(np.asarray(whole.panel(i)), np.asarray(other.panel(i))) for i in range(2)] == [True, True]
+    session.shown = first
+    (view,) = make_story(session, given | {"pictures": {}}, [MODEL], panel=1)
+    assert view.tone == "bad" and "(the characters changed)" in view.message
+
+
+def test_a_picture_is_shown_with_its_place(tmp_path):
+    Image.new("RGB", (30, 60), (9, 9, 9)).save(tmp_path / "tom.png")
+    bare = own_picture(str(tmp_path / "tom.png"), "Tom", ["Tom"])
+    assert bare.size == (320, 640)
+    rows = [["own", "Tom", "0.5, 0, 1, 0.5"], ["1", "Tom", "0, 0, 1, 1"]]
+    placed = np.asarray(own_picture(str(tmp_path / "tom.png"), "Tom", ["Rex", "Tom"], rows))
+    assert placed[200, 160].tolist() == list(COLOURS[1]) and placed[400, 160].tolist() == [9, 9, 9]
+    crossed = own_picture(str(tmp_path / "tom.png"), "Tom", ["Tom"], None, (50, 60))
+    assert np.asarray(crossed)[60, 50].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="picture for 'Tom' is no longer there; give it again"):
+        own_picture(str(tmp_path / "gone.png"), "Tom", ["Tom"])
 
 
 def test_what_was_not_found_is_told(session):

@@ -1,6 +1,6 @@
 """The story tab: characters, panels and places on the left; `story_results` is the right column.
 
-`story_form` reads and fills its form, `story_job` makes what it asks for.
+`story_pictures` is the part for pictures of one's own. `story_form` reads and fills its form, `story_job` makes what it asks for.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import gradio as gr
 
-from ...pipelines.files import free_path, written_whole
 from ...pipelines.script import Script
 from ..image_job import View
 from ..jobs import Session, Worker, one_line
+from ..story_files import load_story, save_story
 from ..story_form import (
     CHARACTERS,
     OWN,
@@ -26,10 +26,10 @@ from ..story_form import (
     Table,
     fill_story_form,
     kept_words,
-    load_story,
+    people,
     read_story_form,
 )
-from . import story_results
+from . import story_pictures, story_results
 from .events import on, stop_run
 from .fields import more_controls, size_controls
 from .status import status_html
@@ -67,13 +67,15 @@ def story_tab(worker: Worker, models: Sequence[str], out: Path) -> None:
 
     _connect(form, press, screen, models, out)
     buttons = {name: press[name] for name in ("make", "stop")}
-    story_results.connect(session, form, buttons, screen, panel, models, fill, [press["kept"], *form.values()])
+    filled = [press["kept"], press["own"]["fold"], *form.values()]
+    story_results.connect(session, form, buttons, screen, panel, models, fill, filled)
+    story_pictures.connect(form, press["own"])
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The left column: form fields by name, and buttons."""
     start = fill_story_form(replace(START, model=models[0]), models)
-    form: dict[str, Any] = {"kept": gr.State("")}
+    form: dict[str, Any] = {"kept": gr.State(""), "pictures": gr.State({})}
     press: dict[str, Any] = {}
     label = "Characters: who has to look the same in every panel"
     form["characters"] = _table("characters", label, CHARACTERS, start["characters"], ["16%", "22%", "40%", "22%"])
@@ -89,6 +91,7 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         gr.Markdown(ABOUT_PLACES)
         form["places"] = _table("places", "Places", PLACES, start["places"], ["18%", "30%", "52%"])
         press["add_place"] = gr.Button("Add a place", size="sm", elem_id=f"{PREFIX}add-place")
+    press["own"] = story_pictures.pictures(people(start["characters"], {}))
     with gr.Group():
         form["strength"] = gr.Slider(
             0,
@@ -115,9 +118,14 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     press["kept"] = gr.HTML(visible=False, padding=False, elem_id=f"{PREFIX}kept")
     with gr.Row():
         press["load"] = gr.UploadButton(
-            "Load a story (.json)", file_types=[".json"], type="filepath", size="md", elem_id=f"{PREFIX}load"
+            "Load a story (.json or .zip)",
+            file_types=[".json", ".zip", *story_pictures.ENDINGS],
+            file_count="multiple",
+            type="filepath",
+            size="md",
+            elem_id=f"{PREFIX}load",
         )
-        press["write"] = gr.Button("Save this form (.json)", size="md", elem_id=f"{PREFIX}write")
+        press["write"] = gr.Button("Save this form", size="md", elem_id=f"{PREFIX}write")
     press["written"] = gr.DownloadButton("Download", size="md", visible=False, elem_id=f"{PREFIX}written")
     return form, press
 
@@ -150,24 +158,21 @@ def _connect(
     def one_more(columns: int) -> Callable[[Table], Table]:
         return lambda rows: [*rows, [""] * columns]
 
-    def upload(path: str) -> dict[Any, Any]:
-        values, wrong = load_story(Path(path), models)
+    def upload(paths: list[str]) -> dict[Any, Any]:
+        values, wrong = load_story([Path(path) for path in paths], models, story_pictures.folder_of(press["load"]))
         if wrong:
             return said(View(wrong, "bad"))
         return said(View("Story loaded. Press Make the story to make it.", "good")) | _filled(form, press, values)
 
     def write(*values: Any) -> dict[Any, Any]:
         try:
-            script = read_story_form(dict(zip(names, values, strict=True)), models)
-            file = free_path(out, script.panels[0].prompt, ".json")
-            with written_whole(file) as (aside,):
-                aside.write_text(script.to_json() + "\n", encoding="utf-8")
+            file = save_story(read_story_form(dict(zip(names, values, strict=True)), models), out)
         except (ValueError, TypeError, OSError) as error:
             return said(View(one_line(error), "bad"))
         button = gr.update(value=str(file), label=f"Download {file.name}", visible=True)
-        return said(View(f"Saved as {file.name}; the command reattend story reads it too.", "good")) | {
-            press["written"]: button
-        }
+        how = "with your pictures; unpacked, its story.json is" if file.suffix == ".zip" else "which is"
+        line = f"Saved as {file.name}, {how} for the command reattend story too."
+        return said(View(line, "good")) | {press["written"]: button}
 
     for button, table, columns in (
         ("add_character", "characters", CHARACTERS),
@@ -175,7 +180,8 @@ def _connect(
         ("add_place", "places", PLACES),
     ):
         on([press[button].click], one_more(len(columns)), [form[table]], [form[table]])
-    on([press["load"].upload], upload, [press["load"]], [screen["status"], press["kept"], *fields], queue=True)
+    loaded = [screen["status"], press["kept"], press["own"]["fold"], *fields]
+    on([press["load"].upload], upload, [press["load"]], loaded, queue=True)
     on([press["write"].click], write, fields, [screen["status"], press["written"]])
 
 
@@ -184,7 +190,9 @@ def _filled(form: dict[str, Any], press: dict[str, Any], values: Mapping[str, An
     said = html.escape(kept_words(Script.from_json(values["kept"])))
     updates: dict[Any, Any] = {form[name]: gr.update(value=value) for name, value in values.items()}
     updates[form["places"]] = gr.update(value=values["places"] or [[""] * len(PLACES)])
-    updates[form["kept"]] = values["kept"]
+    updates |= {form[name]: values[name] for name in ("kept", "pictures")}
+    if values["pictures"]:
+        updates[press["own"]["fold"]] = gr.update(open=True)
     return updates | {
         press["kept"]: gr.update(value=f"Kept from the story that was loaded: {said}.", visible=bool(said))
     }

@@ -146,7 +146,10 @@ def connect(
             screen["made"]: gr.update(visible=True),
             screen["below"]: gr.update(visible=True),
             screen["strip"]: gr.update(value=str(made.strip_file)),
-            screen["save"]: gr.update(value=str(made.story_file)),
+            screen["save"]: gr.update(
+                value=str(made.download),
+                label="Download story (.zip)" if made.download.suffix == ".zip" else "Download story",
+            ),
             screen["own"]: gr.update(
                 value=[(str(file), name) for name, file in made.own.items()], visible=bool(made.own)
             ),
