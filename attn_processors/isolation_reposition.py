@@ -31,7 +31,7 @@ from .method import AttnMethod, LayerInfo
 from .ops.groups import Extra, grouped_attention
 from .ops.regions import MOST_SUBJECTS
 from .ops.reposition import sample
-from .subjects import Cast, Place, Reader
+from .subjects import ISOLATE, REFER, Cast, Place, Reader
 from .text_mix import mixed, mixed_jointly
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Bank", "IsolationRepositionAttnProcessor", "Place"]
 
-ISOLATE, REFER = 1, 2  # bits of a phase
 ROUNDING = 1e-6  # progress is a quotient of step numbers
 Window = tuple[float, float]
 
@@ -71,7 +70,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     overlap: Literal["smallest", "first", "largest", "shared"] = "smallest"  # whose a token is that several claim
     # guidance branches that see references; "cond": the one with the prompt alone, so that guidance strengthens them
     branches: Literal["both", "cond"] = "both"
-    text_mix: float = 0.0  # share, 0 to 1, of a reference's own prompt in what its subject reads
+    # share, 0 to 1, of its own text in what a subject reads: its place's caption, else half as much of its reference's prompt
+    text_mix: float = 0.0
     warmup: float = 0.2  # share of the steps before masks are read from attention maps
     strict: bool = False  # True: a subject that is nowhere is an error, not a warning
     seed: int = 0  # of the tokens drawn for a strength below 1; the picture's own chance is not touched
@@ -118,11 +118,11 @@ class IsolationRepositionAttnProcessor(AttnMethod):
 
     @property
     def neutral(self) -> bool:
-        """True if no panel has a subject and nothing is recorded, or both isolation and references are off."""
+        """True if no panel has a subject and nothing is recorded, or isolation, references and captions are all off."""
         if self.source == "record":
             return not self.references
         nobody = not any(place.subject for panel in self.panels for place in panel)
-        return nobody or (self.isolate is None and not self._refers)
+        return nobody or (self.isolate is None and not self._refers and not self.captioned)
 
     @property
     def phased(self) -> bool:
@@ -144,7 +144,12 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     @property
     def broadcast(self) -> bool:
         """Whether one panel stands for all rows of the call."""
-        return len(self.panels) == 1 and not self.references and not self._automatic
+        return len(self.panels) == 1 and not self.references and not self._automatic and not self.captioned
+
+    @property
+    def captioned(self) -> bool:
+        """Whether a place reads a caption of its own."""
+        return bool(self.text_mix) and any(place.caption for panel in self.panels for place in panel)
 
     @property
     def _automatic(self) -> bool:
@@ -173,6 +178,10 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             cast.check(context)
         if self.source != "rows" and cast.bank is None:
             raise RuntimeError(f"source={self.source!r} needs a bank; reattend.pipelines.story makes it.")
+        if self.captioned and not all(
+            place.caption in cast.captions for panel in self.panels for place in panel if place.caption
+        ):
+            raise RuntimeError("the captions of places have to be encoded; reattend.pipelines.story does that.")
         cast.begin(context)
         if (maps := self.maps(context)) is not None:
             maps.begin(context, cast)
@@ -198,6 +207,10 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if self.neutral or not (self._automatic or self.text_mix):
             return []
         hooks = context.family.listen(context, Ear(self, context))
+        if self.captioned and not hooks:
+            raise ValueError(
+                f"captions of places need text cross-attention that we reach, which {type(context.model).__name__} has not."
+            )
         if self.text_mix and not hooks:
             if not any(info.role == "joint" for info, _ in context.family.layers(context.model)):
                 raise ValueError(
@@ -341,8 +354,6 @@ class Ear:
         cast, maps = self.method.cast(self.context), self.method.maps(self.context)
         if maps is not None:
             maps.hear(self.context, attn, x, text)
-        if not cast.phase & REFER:
-            return out
         return mixed(self.method, cast, self.context, attn, x, text, out)
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
 
-__all__ = ["Cast", "Place", "Reader"]
+__all__ = ["ISOLATE", "REFER", "Cast", "Place", "Reader"]
+
+ISOLATE, REFER = 1, 2  # bits of a phase
 
 Grid = tuple[int, int]
 
@@ -41,13 +43,16 @@ class Place:
         mask: as `pack_mask` writes it, in place of a box.
         words: places of its words among the text tokens, by which attention maps show it where neither box nor mask is
             given.
-    A reference with none of the three fills its picture.
+        caption: of a panel: what this part of the picture reads in place of the panel's prompt, such as that prompt with
+            this subject alone in its own words; "" = the prompt.
+    A reference with none of box, mask and words fills its picture.
     """
 
     subject: str
     box: tuple[float, float, float, float] | None = None
     mask: str | None = None
     words: tuple[int, ...] = ()
+    caption: str = ""
 
     def __post_init__(self) -> None:
         if self.box is not None and not all(math.isfinite(edge) for edge in self.box):
@@ -94,6 +99,7 @@ class Cast:
         names = [place.subject for row in (*method.panels, method.references) for place in row if place.subject]
         self.subjects = list(dict.fromkeys(names))
         self.bank: Bank | None = None
+        self.captions: dict[str, Tensor] = {}  # the text (T, C) of every caption of the panels' places
         self.first_panel = 0  # panels of the story before those of this call, counted in what people are told
         self.found: dict[tuple[str, int, str], Tensor] = {}  # ("panel" or "reference", row, subject) -> bool (h, w)
         self.absent: dict[tuple[str, int, str], str] = {}  # keys as in `found` -> why it was not
@@ -138,6 +144,10 @@ class Cast:
         """Branches whose panels read references: all of them, or the one with the prompt."""
         if self.method.branches == "both" and (self.bank is None or self.bank.branches == "both"):
             return self.all_branches
+        return self.prompt_branches()
+
+    def prompt_branches(self) -> list[int]:
+        """The branch that reads the prompts; none in a second call of the same step, which reads the negative ones."""
         return [self.branches - 1] if self.branches > 1 or self.call == 0 else []
 
     # -- places on a grid ---------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Every subject reads its own prompt: what its queries get from text, mixed inside the subject's place.
+"""Every subject reads text of its own: what its queries get from text, mixed inside the subject's place.
 
-In the text cross-attention of UNets:
+In the text cross-attention of UNets, for the queries of a subject:
 
-    out = (1 - m) CA(q, text of the panel) + m CA(q, text of the subject's reference),    m = text_mix * strength
+    out = (1 - m) CA(q, text of the panel) + m CA(q, text of the subject)
 
-for the queries of that subject (IR-Diffusion, arXiv 2411.19261, mixes with 0.9). The panel's caption need not repeat
-what a character looks like, and each description reaches its own character alone. Attention works query by query, so
-only the subject's own tokens are computed a second time.
+The text is the caption of the subject's place if it has one, with m = text_mix; else that of its references, with m =
+text_mix * strength / 2. The panel's prompt need not repeat what a character looks like, and each description reaches its
+own character alone. A caption tells of the whole panel, a reference's prompt of another picture: with all of its weight
+(IR-Diffusion, arXiv 2411.19261, mixes 0.9) it brings that picture's background, and hides who should be there.
+Attention works query by query, so only the subject's own tokens are computed a second time.
 
 In joint layers text and picture share one softmax, so the second answer is that of the same keys with the reference's
 text, as that layer has it in the reference's row, in place of the panel's. Only the queries that see references in a step
@@ -15,21 +17,24 @@ get it, a share `strength` of the subject's; for these m = text_mix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .ops.groups import Extra, Group, grouped_attention
+from .subjects import REFER
 
 if TYPE_CHECKING:
     from .context import Context
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
-    from .subjects import Cast
+    from .subjects import Cast, Place
 
 __all__ = ["mixed", "mixed_jointly"]
+
+REFERENCE_SHARE = 0.5  # of text_mix, for text that was written for another picture
 
 
 def mixed(
@@ -43,36 +48,51 @@ def mixed(
         text: text tokens (B, T, C').
         out: what it returned, (B, N, C).
     """
-    share = method.text_mix * method.strength
     grid = context.grids.get(x.shape[1])
-    if grid is None or not share:
+    if grid is None or not method.text_mix:
         return out
     if method.source == "record":
-        _keep(cast, context, method, text)
+        if cast.phase & REFER:
+            _keep(cast, context, method, text)
         return out
     result = out
-    for number in range(len(method.panels)):
+    for number, panel in enumerate(method.panels):
         owner, boxes = cast.owner(number, grid)
-        for name in boxes:
-            numbers = [i for i, place in enumerate(method.references) if place.subject == name]
-            subject = cast.subjects.index(name)
+        for place in panel:
+            if place.subject not in boxes:
+                continue
+            subject = cast.subjects.index(place.subject)
             mine = (owner >> subject & 1).nonzero().flatten().to(x.device)
-            if not numbers or not len(mine):
+            if not len(mine):
                 continue
             owners = sum(owner[mine.cpu()] >> other & 1 for other in range(len(cast.subjects)))
-            weight = (share / owners).to(out)[:, None] if int(owners.max()) > 1 else share
-            for branch in cast.reference_branches():
-                rows = cast.rows("panel", number, context, [branch])
-                texts = _texts(method, cast, context, text, numbers, branch)
-                if texts is None:
-                    continue
-                answers = [attn.processor(attn, x[rows][:, mine], encoder_hidden_states=one[None]) for one in texts]
+            for branch, texts, share in _own(method, cast, context, text, place):
+                (row,) = cast.rows("panel", number, context, [branch])
+                weight = (share / owners).to(out)[:, None] if int(owners.max()) > 1 else share
+                answers = [attn.processor(attn, x[[row]][:, mine], encoder_hidden_states=one[None]) for one in texts]
                 own = torch.stack(answers).mean(0)
                 if result is out:
                     result = out.clone()  # others may hold the output
-                part = result[rows[0], mine]
-                result[rows[0], mine] = part + weight * (own[0] - out[rows[0], mine])
+                part = result[row, mine]
+                result[row, mine] = part + weight * (own[0] - out[row, mine])
     return result
+
+
+def _own(
+    method: IsolationRepositionAttnProcessor, cast: Cast, context: Context, text: Tensor, place: Place
+) -> Iterator[tuple[int, list[Tensor], float]]:
+    """(branch, texts, share) of a subject in a panel, for the branches in which it reads text of its own."""
+    if place.caption:
+        for branch in cast.prompt_branches():
+            yield branch, [cast.captions[place.caption].to(text)], method.text_mix
+        return
+    numbers = [number for number, one in enumerate(method.references) if one.subject == place.subject]
+    share = REFERENCE_SHARE * method.text_mix * method.strength
+    if not numbers or not share or not cast.phase & REFER:
+        return
+    for branch in cast.reference_branches():
+        if (texts := _texts(method, cast, context, text, numbers, branch)) is not None:
+            yield branch, texts, share
 
 
 def _texts(

@@ -17,6 +17,7 @@ import numpy as np
 from ..attn_processors import Place
 from .image import filled_in
 from .masks import as_place, text_tokens, words_of
+from .own_words import own_caption
 from .script import Panel, Script, Subject
 
 __all__ = ["filled_in_story", "panel_places", "reference_place"]
@@ -24,8 +25,10 @@ __all__ = ["filled_in_story", "panel_places", "reference_place"]
 
 def filled_in_story(script: Script, pipe: Any) -> Script:
     """The script with sizes, seeds, guidance, places and versions as they will be used."""
-    prompts = [*(subject.prompt for subject in script.subjects), *(panel.prompt for panel in script.panels)]
-    recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in prompts]
+    prompts = [*(subject.drawn for subject in script.subjects), *(panel.prompt for panel in script.panels)]
+    if getattr(pipe, "unet", None) is not None:
+        prompts += [own_caption(script, i, one) or "-" for i in range(len(script.panels)) for one in script.subjects]
+    recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in dict.fromkeys(prompts)]
     recipe = recipes[0]
     assert recipe.seed is not None
     side = getattr(pipe, "default_sample_size", None) or getattr(getattr(pipe, "unet", None), "config", None)
@@ -89,7 +92,7 @@ def reference_place(pipe: Any, subject: Subject) -> Place:
     if where is not None:
         return as_place(subject.name, where)
     with contextlib.suppress(ValueError):  # not in its own prompt: then it fills its picture
-        return Place(subject=subject.name, words=words_of(pipe, subject.prompt, subject.phrase))
+        return Place(subject=subject.name, words=words_of(pipe, subject.drawn, subject.phrase))
     return Place(subject=subject.name)
 
 

@@ -37,7 +37,9 @@ class Subject:
         name: what panels call it.
         phrase: the words in the captions that mean it, such as "cat"; by them attention maps find it where a panel gives
             no place. Empty: its name.
-        prompt: what its reference picture shows; empty: the phrase.
+        looks: what stands for the phrase where the subject itself reads the caption, such as "red cat"; empty: the phrase.
+        prompt: what its reference picture shows. Empty: no reference where the model can do with how it looks (UNets), else
+            a picture of how it looks, or of the phrase.
         picture: a picture file in place of a made one.
         place: where it is in its reference picture: a box [x0, y0, x1, y1], {"mask": ...}, or None: it is found by its
             phrase if the prompt has it, else it fills the picture. In a picture of one's own, as the file shows it: if
@@ -48,6 +50,7 @@ class Subject:
 
     name: str
     phrase: str = ""
+    looks: str = ""
     prompt: str = ""
     picture: str | None = None
     place: Any = None
@@ -58,14 +61,27 @@ class Subject:
         check_text("name of a subject", self.name, 100)
         if not self.name.strip():
             raise ValueError('a subject has no name; give it one, such as "Tom"')
-        for part in ("phrase", "prompt"):
+        for part in ("phrase", "looks", "prompt"):
             check_text(f"{part} of {self.name!r}", getattr(self, part), PROMPT_LENGTH)
-            if not getattr(self, part).strip():
-                object.__setattr__(self, part, self.name if part == "phrase" else self.phrase)
+            object.__setattr__(self, part, getattr(self, part).strip())
+        if not self.phrase:
+            object.__setattr__(self, "phrase", self.name)
+        if not self.looks and not self.prompt:
+            object.__setattr__(self, "prompt", self.phrase)
         if self.picture is not None:
             check_text(f"picture of {self.name!r}", self.picture, 4_000)
         if self.seed is not None:
             check_number(f"seed of {self.name!r}", self.seed, int, *SEED)
+
+    @property
+    def drawn(self) -> str:
+        """What its reference picture shows."""
+        return self.prompt or self.looks or self.phrase
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it asks for a reference picture."""
+        return bool(self.prompt) or self.picture is not None
 
 
 @dataclass(frozen=True, kw_only=True)

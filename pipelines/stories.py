@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..attn_processors import IsolationRepositionAttnProcessor, Place, install
 from ..attn_processors.bank import Bank
@@ -24,6 +25,7 @@ from .events import CancelToken, StepEvent
 from .image import attention_of, stock_rows
 from .load import load
 from .masks import as_place
+from .own_words import encoded, own_caption
 from .placing import filled_in_story, panel_places, reference_place
 from .references import Pinned, fitted, opened, plan_for
 from .script import Panel, Script, Subject
@@ -33,7 +35,7 @@ __all__ = ["USUAL", "story"]
 
 # What works best on the bundled models; a story's `consistency` changes single settings.
 USUAL = {"branches": "cond"}
-USUAL_UNET = {"text_mix": 0.5}
+USUAL_UNET = {"text_mix": 1.0, "reference_layers": "up_blocks"}
 Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
 
 
@@ -106,8 +108,9 @@ class _Job:
         self.calls, self.call = 1, 0
         self.pictures: dict[str, Image.Image] = {}  # of one's own, by subject
         self.cut: dict[str, tuple[Image.Image, Place]] = {}  # the same in the story's size, and where the subject is
-        unet = USUAL_UNET if getattr(pipe, "unet", None) is not None else {}
-        self.settings = {**USUAL, **unet, **script.consistency, "strength": script.strength}
+        self.unet = getattr(pipe, "unet", None) is not None
+        usual = {**USUAL, **USUAL_UNET} if self.unet else USUAL
+        self.settings = {**usual, **script.consistency, "strength": script.strength}
 
     def check(self, groups: Sequence[range]) -> None:
         """Read every place and picture, and find the words of the panels to make, before any work. Raises as `story`."""
@@ -132,10 +135,11 @@ class _Job:
         panels = []
         for number in group:
             places, lost = panel_places(self.pipe, self.script, number)
-            panels.append(places)
+            panels.append(self._captioned(number, places))
             made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
-        subjects = [self.script.subject(name) for name in names]
+        subjects = [one for name in names if self._referred(one := self.script.subject(name))]
+        names = [one.name for one in subjects]
         if not self.script.strength or self.settings.get("refer", ()) is None:
             subjects = []
         method = IsolationRepositionAttnProcessor.from_settings(
@@ -146,8 +150,9 @@ class _Job:
                 "source": "rows" if self.script.bank is None or not subjects else "bank",
             }
         )
-        if not subjects:
+        if not subjects and not method.captioned:
             method = replace(method, text_mix=0.0)
+        texts = encoded(self.pipe, [place.caption for row in panels for place in row if place.caption])
         bank = None
         if method.source == "bank":
             bank, pictures = self._fill(method, subjects, made)
@@ -155,9 +160,9 @@ class _Job:
         elif self.script.bank is not None:
             self.call += 1
         rows = subjects if method.source == "rows" else []
-        prompts = [*(one.prompt for one in rows), *(self.script.panels[number].prompt for number in group)]
+        prompts = [*(one.drawn for one in rows), *(self.script.panels[number].prompt for number in group)]
         seeds = [*(one.seed for one in rows), *(self.script.panels[number].seed for number in group)]
-        with self._inside(method, bank, group.start) as contexts:
+        with self._inside(method, bank, group.start, texts) as contexts:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):
                 made.places[number] = self._found(method, contexts, number - group.start, panel)
@@ -168,6 +173,17 @@ class _Job:
     def _reference(self, subject: Subject) -> Place:
         """Where a subject is in the picture of its row."""
         return self.cut[subject.name][1] if subject.name in self.cut else reference_place(self.pipe, subject)
+
+    def _referred(self, subject: Subject) -> bool:
+        """Whether it gets a reference. Where text is read in layers of its own, how it looks can do."""
+        return subject.has_reference or not self.unet
+
+    def _captioned(self, number: int, places: tuple[Place, ...]) -> tuple[Place, ...]:
+        """The places of a panel, each with the caption as its subject reads it."""
+        if not self.unet:
+            return places
+        own = {one.name: own_caption(self.script, number, one) for one in self.script.subjects}
+        return tuple(replace(place, caption=own.get(place.subject, "")) for place in places)
 
     def _rehearse(self, group: range, made: Story) -> None:
         """Find who has no place, in what the stock model makes of the same prompts and seeds."""
@@ -180,14 +196,15 @@ class _Job:
         }
         there = {name for number in group for name in script.panels[number].places or {}}
         alone = [one for one in script.subjects if one.name in there and one.place is None and one.found is None]
-        alone = [one for one in alone if one.picture is None]
+        alone = [one for one in alone if one.picture is None and self._referred(one)]
         missing = {number: names for number, names in missing.items() if names}
         if not missing and not alone:
             self.call += 1
             return
         rows: list[Subject | Panel] = [*alone, *(script.panels[number] for number in missing)]
         with attention_of(script.recipe("-"), self.pipe):
-            pictures = self._run([row.prompt for row in rows], [row.seed for row in rows], [])
+            prompts = [row.drawn if isinstance(row, Subject) else row.prompt for row in rows]
+            pictures = self._run(prompts, [row.seed for row in rows], [])
         subjects, panels = list(script.subjects), list(script.panels)
         for one, picture in zip(alone, pictures, strict=False):
             (where,) = self._located(picture, [one.phrase])
@@ -218,15 +235,20 @@ class _Job:
         bank = plan.bank(self.script.bank)
         made.report.append(str(plan))
         with self._inside(recorder, bank):
-            return bank, self._run([one.prompt for one in subjects], [one.seed for one in subjects], subjects)
+            return bank, self._run([one.drawn for one in subjects], [one.seed for one in subjects], subjects)
 
     @contextlib.contextmanager
     def _inside(
-        self, method: IsolationRepositionAttnProcessor, bank: Bank | None, first_panel: int = 0
+        self,
+        method: IsolationRepositionAttnProcessor,
+        bank: Bank | None,
+        first_panel: int = 0,
+        captions: Mapping[str, Tensor] | None = None,
     ) -> Iterator[list[Context]]:
         """The pipeline with the story's attention in it: other attention on its layers, ours on those that are left.
 
         first_panel: number of the call's first panel in the story, from 0.
+        captions: the text of the captions in the panels' places.
         """
         with attention_of(self.script.recipe("-"), self.pipe):
             taken = _taken(self.pipe)
@@ -246,6 +268,7 @@ class _Job:
                 contexts = [context for context, _ in handle.parts]
                 for context in contexts:
                     method.cast(context).first_panel = first_panel
+                    method.cast(context).captions.update(captions or {})
                     if bank is not None:
                         method.cast(context).bank = bank
                 yield contexts

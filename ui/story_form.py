@@ -27,7 +27,7 @@ FIELDS = (
     "characters", "panels", "places", "strength", "together", "steps", "seed", "width", "height", "negative", "model",
     "guidance", "dtype", "pictures", "kept",
 )  # fmt: skip
-CHARACTERS = ("Name", "Words in the captions", "What its own picture shows", "Seed")
+CHARACTERS = ("Name", "Words in the captions", "How it looks", "What its own picture shows", "Seed")
 PANELS = ("Caption", "Seed")
 PLACES = ("Panel", "Who", "Left, top, right, bottom")
 OWN = "own"  # in place of a panel's number: the character's own picture
@@ -37,8 +37,8 @@ Table = list[list[Any]]
 
 START = Script(
     subjects=(
-        Subject(name="Flora", phrase="butterfly", prompt="an orange butterfly on sea"),
-        Subject(name="Hill", phrase="house", prompt="a blue house on sea"),
+        Subject(name="Flora", phrase="butterfly", looks="orange butterfly", prompt="an orange butterfly on sea"),
+        Subject(name="Hill", phrase="house", looks="blue house", prompt="a blue house on sea"),
     ),
     panels=tuple(Panel(prompt=f"a butterfly and a house on {where}") for where in ("sand", "snow", "grass")),
 )
@@ -98,7 +98,7 @@ def fill_story_form(script: Script, models: Sequence[str]) -> dict[str, Any]:
     names = ("negative", "model", "steps", "strength", "together")
     open_ones = ("width", "height", "guidance", "seed", "dtype")
     return {
-        "characters": [[one.name, one.phrase, one.prompt, as_text(one.seed)] for one in script.subjects],
+        "characters": [[one.name, one.phrase, one.looks, one.prompt, as_text(one.seed)] for one in script.subjects],
         "panels": [[panel.prompt, as_text(panel.seed)] for panel in script.panels],
         "places": places,
         "pictures": {one.name: one.picture for one in script.subjects if one.picture is not None},
@@ -167,10 +167,10 @@ def _rows(table: Table, columns: int) -> Table:
     return [(row + [""] * columns)[:columns] for row in rows if any(row)]
 
 
-def _subject(row: int, name: str, phrase: str, prompt: str, seed: str) -> Subject:
+def _subject(row: int, name: str, phrase: str, looks: str, prompt: str, seed: str) -> Subject:
     if not name:
         raise ValueError(f'Row {row} of the characters has no name; give it one, such as "Tom".')
-    return Subject(name=name, phrase=phrase, prompt=prompt, seed=whole(f"seed of {name!r}", seed))
+    return Subject(name=name, phrase=phrase, looks=looks, prompt=prompt, seed=whole(f"seed of {name!r}", seed))
 
 
 def _pictured(subjects: Sequence[Subject], pictures: Mapping[str, str]) -> tuple[Subject, ...]:
@@ -263,7 +263,7 @@ def _found_before(script: Script, old: Script) -> Script:
     subjects = tuple(
         replace(one, found=was.found)
         if (was := before.get(one.name)) is not None
-        and (one.phrase, one.prompt, one.picture) == (was.phrase, was.prompt, was.picture)
+        and (one.phrase, one.drawn, one.picture) == (was.phrase, was.drawn, was.picture)
         and same_seed(one.seed, was.seed)
         else one
         for one in script.subjects

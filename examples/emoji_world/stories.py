@@ -2,10 +2,10 @@
 
     python -m reattend.emoji_world.stories --out out/stories
 
-Every story has three panels; their captions name kinds and places, never tints. Each character's tint is in its own
-prompt and reference picture alone. The reader says what a panel shows. All arms make the same stories from the same
-seeds, with the characters where the reader saw them in the stock pictures. Readings go to `results.jsonl` story by
-story, so a run that was stopped goes on where it was.
+Every story has three panels; their captions name kinds and places, never tints. Each character's tint is in what it says
+of itself (`looks`) and in its reference picture alone. The reader says what a panel shows. All arms make the same
+stories from the same seeds, with the characters where the reader saw them in the stock pictures. Readings go to
+`results.jsonl` story by story, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ OFF: dict[str, Any] = {"isolate": None, "text_mix": 0.0}
 # Settings of the processor; "strength" is the story's. None: another method, see `compare`.
 ARMS: dict[str, dict[str, Any] | None] = {
     "stock": {**OFF, "strength": 0.0},
-    "isolation": {"strength": 0.0},
+    "isolation": {"strength": 0.0, "text_mix": 0.0},
+    "own words": {"strength": 0.0},  # isolation, and each subject reads the caption with itself in its own words
     "references": {**OFF, "reposition": "plain"},
     "both": {"text_mix": 0.0, "reposition": "plain"},
     "both + reposition": {"text_mix": 0.0},
     "mass only": {"text_mix": 0.0, "reposition": "plain", "mass": 1.0},
-    "own text": {"reference_layers": "(?!)"},  # isolation and text_mix, no layer sees references
-    "all": {},  # what `story` does
+    "all": {},  # own words, isolation, repositioned references: what `story` does for subjects with all of these
     "position only": {"text_mix": 0.0, "mass": -1.0},  # resampled, and the weight that this brings taken away
     "sampled tokens": None,
 }
 THIRD = ("position only", "sampled tokens")
-NO_TEXT_LAYERS = ("own text",)  # arms that need a UNet
+NO_TEXT_LAYERS = ("own words",)  # arms that need a UNet
 
 
 def compare(

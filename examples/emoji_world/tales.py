@@ -37,7 +37,10 @@ class Tale:
         """The story, not yet saying who is where."""
         subjects = tuple(
             Subject(
-                name=f"{i + 1}", phrase=kind, prompt=f"{with_article(f'{tint} {kind}')} on {self.reference_background}"
+                name=f"{i + 1}",
+                phrase=kind,
+                looks=f"{tint} {kind}",
+                prompt=f"{with_article(f'{tint} {kind}')} on {self.reference_background}",
             )
             for i, (kind, tint) in enumerate(self.characters)
         )

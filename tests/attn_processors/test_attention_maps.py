@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from reattend.attn_processors import IsolationRepositionAttnProcessor, LayoutError, Place, installed
+from reattend.attn_processors import IsolationRepositionAttnProcessor, LayoutError, Place, install, installed
 from reattend.attn_processors.attention_maps import Maps
 from reattend.attn_processors.bank import Bank
 
@@ -174,9 +174,37 @@ def test_subjects_read_their_own_text_inside_their_place(unet):
         (x, stock), (_, after) = seen[0], (None, attn(seen[0][0], encoder_hidden_states=text))
         own = {row: attn.processor(attn, x[[5]], encoder_hidden_states=text[[row]])[0] for row in (3, 4)}
     left = (torch.arange(256) % 16 < 8)[:, None]
-    want = 0.5 * stock[5] + 0.5 * torch.where(left, own[3], own[4])
+    want = 0.75 * stock[5] + 0.25 * torch.where(left, own[3], own[4])  # half of text_mix
     torch.testing.assert_close(after[5], want, atol=CLOSE, rtol=0)
     assert torch.equal(after[:5], stock[:5])  # references, and the branch without the prompt
+
+
+def test_subjects_read_the_caption_of_their_place_in_the_branch_with_the_prompt(unet):
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    seen = []
+    attn.register_forward_hook(lambda _, args, kwargs, out: seen.append((args[0], out)), with_kwargs=True)
+    draw = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 16, 16, generator=draw), torch.randn(2, 77, tiny.TEXT_WIDTH, generator=draw)
+    own = torch.randn(5, tiny.TEXT_WIDTH, generator=draw)  # as long as it likes
+    cat, dog = BOXES
+    method = IsolationRepositionAttnProcessor(panels=((replace(cat, caption="a red cat"), dog),), text_mix=0.5)
+    with torch.no_grad(), installed(unet, method) as handle:
+        with pytest.raises(RuntimeError, match="captions of places have to be encoded"):
+            unet(sample, torch.tensor(500), text)
+        method.cast(handle.parts[0][0]).captions["a red cat"] = own
+        unet(sample, torch.tensor(500), text)
+        (x, after), stock = seen[0], attn(seen[0][0], encoder_hidden_states=text)
+        stock, after = after, stock
+        read = attn.processor(attn, x[[1]], encoder_hidden_states=own[None])[0]
+    left = (torch.arange(256) % 16 < 8)[:, None]
+    torch.testing.assert_close(after[1], torch.where(left, 0.5 * stock[1] + 0.5 * read, stock[1]), atol=CLOSE, rtol=0)
+    assert torch.equal(after[0], stock[0])
+
+
+def test_a_caption_needs_layers_that_read_text(flux):
+    method = IsolationRepositionAttnProcessor(panels=((replace(BOXES[0], caption="a cat"),),), text_mix=0.5)
+    with pytest.raises(ValueError, match="captions of places need text cross-attention"):
+        install(flux, method)
 
 
 def test_text_of_a_bank_equals_that_of_rows(sd):

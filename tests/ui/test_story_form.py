@@ -37,7 +37,7 @@ def made() -> Script:
     mask = pack_mask(torch.eye(8, dtype=torch.bool))
     return Script(
         subjects=(
-            Subject(name="Tom", phrase="cat", prompt="a blue cat", seed=11, found=[0.25, 0, 0.5, 1]),
+            Subject(name="Tom", phrase="cat", looks="blue cat", prompt="a blue cat", seed=11, found=[0.25, 0, 0.5, 1]),
             Subject(name="Rex", phrase="dog", prompt="a red dog", seed=12, place=[0, 0, 1, 1]),
             Subject(name="Fly", phrase="bird", seed=13, place={"mask": mask}),
         ),
@@ -93,8 +93,11 @@ def test_masks_and_left_out_characters_show_in_the_table():
         ({"panels": [["a cat and a dog", "20"]]}, (True, False)),
         ({"panels": [["a cat or a dog", "21"]]}, (True, False)),
         ({"panels": [["a cat and a dog", "21"], ["a cat", ""]]}, (True, True)),
-        ({"characters": [["Tom", "cat", "a red cat", "11"], ["Rex", "dog", "a red dog", "12"]]}, (False, True)),
-        ({"characters": [["Tom", "dog", "a blue cat", "11"], ["Rex", "dog", "a red dog", "12"]]}, (False, False)),
+        ({"characters": [["Tom", "cat", "", "a red cat", "11"], ["Rex", "dog", "", "a red dog", "12"]]}, (False, True)),
+        (
+            {"characters": [["Tom", "dog", "", "a blue cat", "11"], ["Rex", "dog", "", "a red dog", "12"]]},
+            (False, False),
+        ),
     ],
 )
 def test_what_a_rehearsal_found_is_kept_as_long_as_it_would_find_it_again(changes, kept):
@@ -120,7 +123,7 @@ def test_a_new_character_in_a_caption_is_looked_for():
     script = replace(made(), panels=(panel,), subjects=made().subjects[:1])
     form = fill_story_form(script, [MODEL])
     assert read_story_form(form, [MODEL]).panels[0].found is not None
-    form["characters"].append(["Rex", "dog", "", ""])
+    form["characters"].append(["Rex", "dog", "", "", ""])
     assert read_story_form(form, [MODEL]).panels[0].found is None
 
 
@@ -165,13 +168,13 @@ def test_a_place_is_put_into_the_table_and_taken_out_again():
 
 BAD = {
     "does not offer the model": {"model": "/etc"},
-    "at least one subject": {"characters": [["", "", "", ""]]},
+    "at least one subject": {"characters": [["", "", "", "", ""]]},
     "1 to 1000 panels": {"panels": []},
-    "Row 1 of the characters has no name": {"characters": [["", "cat", "", ""]]},
-    "two subjects are called 'Tom'": {"characters": [["Tom", "", "", ""], ["Tom", "", "", ""]]},
+    "Row 1 of the characters has no name": {"characters": [["", "cat", "", "", ""]]},
+    "two subjects are called 'Tom'": {"characters": [["Tom", "", "", "", ""], ["Tom", "", "", "", ""]]},
     "Panel 2 has no caption": {"panels": [["a cat", ""], ["", "3"]]},
     "seed of panel 1 must be a whole number": {"panels": [["a cat", "x"]]},
-    "seed of 'Tom' must be a whole number": {"characters": [["Tom", "", "", "1.5"]]},
+    "seed of 'Tom' must be a whole number": {"characters": [["Tom", "", "", "", "1.5"]]},
     "must be a whole number, got 'wide'": {"width": "wide"},
     "steps must be a whole number": {"steps": None},
     "says no panel or not who": {"places": [["", "Flora", "0 0 1 1"]]},

@@ -102,7 +102,10 @@ def test_a_panel_takes_its_caption_seed_and_places_from_the_form_as_it_is_now(se
         ({"steps": 3}, "(steps changed)"),
         ({"negative": "fog"}, "(what it should not show changed)"),
         ({"strength": 0.5, "together": 2}, "(strength, panels in one call changed)"),
-        ({"characters": [["Tom", "cat", "a red cat", ""], ["Rex", "dog", "dog", ""]]}, "(the characters changed)"),
+        (
+            {"characters": [["Tom", "cat", "", "a red cat", ""], ["Rex", "dog", "", "dog", ""]]},
+            "(the characters changed)",
+        ),
         ({"panels": [["a cat", ""], ["a cat and a dog b", ""]]}, "(other panels changed)"),
         ({"panels": [["a cat and a dog a", "3"], ["a cat and a dog b", ""]]}, "(other panels changed)"),
         ({"panels": [["a cat and a dog a", ""]], "places": []}, "no panel 2 any more"),

@@ -36,8 +36,9 @@ from .status import status_html
 
 PREFIX = story_results.PREFIX
 INTRODUCTION = (
-    "Every character first gets a picture of its own. Then each panel is drawn so that its characters look like those "
-    "pictures and do not mix."
+    "The captions name everybody by a word or two. In its own part of a panel, a character reads the caption with how it "
+    "looks in place of those words, follows a picture of its own, and does not mix with the others. Leave one of the two "
+    "columns empty to do without it."
 )
 ABOUT_PLACES = (
     "Leave this empty, and everybody is found by the words in the captions. A place is four fractions of the picture, from "
@@ -78,7 +79,9 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     form: dict[str, Any] = {"kept": gr.State(""), "pictures": gr.State({})}
     press: dict[str, Any] = {}
     label = "Characters: who has to look the same in every panel"
-    form["characters"] = _table("characters", label, CHARACTERS, start["characters"], ["16%", "22%", "40%", "22%"])
+    form["characters"] = _table(
+        "characters", label, CHARACTERS, start["characters"], ["13%", "19%", "22%", "29%", "17%"]
+    )
     label = "Panels: one caption each, any number"
     form["panels"] = _table("panels", label, PANELS, start["panels"], ["78%", "22%"])
     with gr.Row():

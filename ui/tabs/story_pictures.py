@@ -19,8 +19,8 @@ from .status import status_html
 PREFIX = "story-own-"
 SMALLEST = 8  # pixels; two clicks nearer than that mark no place
 ABOUT = (
-    "Every character is drawn after a picture of its own. The model makes it, unless you give one here; then say in the "
-    "table of characters what yours shows. It is cut to the shape of the story, around the place you mark, and kept with "
+    "A character can follow a picture of its own. The model makes it from what the table says that it shows, unless you give "
+    "one here; then say there what yours shows. It is cut to the shape of the story, around the place you mark, and kept with "
     f"at most {KEPT} pixels a side."
 )
 ENDINGS = [".png", ".jpg", ".jpeg", ".webp"]

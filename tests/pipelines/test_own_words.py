@@ -1,0 +1,82 @@
+"""Captions as subjects read them, and a subject that fills the panel: then its own caption is the picture's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from reattend.pipelines import Panel, Script, Subject, story
+from reattend.pipelines.own_words import encoded, own_caption
+
+CAT, DOG = (
+    Subject(name="Tom", phrase="cat", looks="orange cat"),
+    Subject(name="Rex", phrase="dog", looks="dog in a red hat"),
+)
+ANOTHER = Subject(name="Tim", phrase="Cat", looks="blue cat")
+
+
+@pytest.mark.parametrize(
+    ("caption", "who", "own"),
+    [
+        ("a cat and a dog", CAT, "an orange cat and a dog"),
+        ("a cat and a dog", DOG, "a cat and a dog in a red hat"),
+        ("the cat, concatenated", CAT, "the orange cat, concatenated"),
+        ("A cat", CAT, "An orange cat"),
+        ("a cat and a cat", CAT, "an orange cat and a cat"),
+        ("a cat and a cat", ANOTHER, "a cat and a blue cat"),
+        ("two at sea: a cat", ANOTHER, "two at sea: a blue cat"),  # one word for two
+        ("a boat", CAT, "orange cat, a boat"),
+        ("a cat", Subject(name="Tom", phrase="cat"), ""),
+    ],
+)
+def test_only_the_subject_itself_is_described(caption, who, own):
+    subjects = {one.name: one for one in (CAT, DOG, ANOTHER)} | {who.name: who}
+    script = Script(subjects=tuple(subjects.values()), panels=(Panel(prompt=caption),))
+    assert own_caption(script, 0, who) == own
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_text_is_what_the_pipeline_gives_its_denoiser(name, request):
+    pipe = request.getfixturevalue(name)
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    try:
+        tiny.run(pipe, prompt="an orange cat", num_inference_steps=1)
+    finally:
+        hook.remove()
+    texts = encoded(pipe, ["an orange cat", "a dog", "an orange cat"])
+    assert set(texts) == {"an orange cat", "a dog"}
+    assert torch.equal(texts["an orange cat"], seen[0][-1])  # the branch with the prompt
+
+
+def test_a_subject_that_fills_the_panel_gives_the_picture_of_its_own_caption(sd):
+    panel = Panel(prompt="a cat on sea", seed=3, places={"Tom": [0, 0, 1, 1]})
+    made = story(Script(subjects=(CAT,), panels=(panel,), steps=3, seed=1), pipe=sd)
+    stock = story(
+        Script(
+            subjects=(Subject(name="-"),), panels=(Panel(prompt="an orange cat on sea", seed=3, places={}),), steps=3
+        ),
+        pipe=sd,
+    )
+    assert made.references == {}  # how it looks does without
+    got, want = (np.asarray(one.panels[0], np.int16) for one in (made, stock))
+    assert np.abs(got - want).max() <= 1  # out + (own - out) rounds
+    plain = story(Script(subjects=(CAT,), panels=(panel,), steps=3, consistency={"text_mix": 0}), pipe=sd)
+    assert np.abs(got - np.asarray(plain.panels[0], np.int16)).max() > 1
+
+
+def test_how_a_subject_looks_is_its_reference_where_text_has_no_layers_of_its_own(flux):
+    made = story(Script(subjects=(CAT,), panels=(Panel(prompt="a cat"),), steps=1, seed=1), pipe=flux)
+    assert set(made.references) == {"Tom"} and made.script.subjects[0].drawn == "orange cat"
+
+
+def test_a_reference_is_asked_for_by_a_prompt_or_for_want_of_looks():
+    assert not CAT.has_reference
+    assert Subject(name="cat").has_reference and Subject(name="cat").drawn == "cat"
+    both = Subject(name="cat", looks="red cat", prompt="a red cat on sand")
+    assert both.has_reference and both.drawn == "a red cat on sand"
+    assert Subject(name="cat", looks="red cat", picture="cat.png").drawn == "red cat"
