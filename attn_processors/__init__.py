@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         NeighborhoodAttnProcessor,
     )
     from .method import AttnMethod, LayerInfo
+    from .places import Place
     from .report import Report
     from .routed import RoutedAttnProcessor
-    from .subjects import Place
 
     ATTN_PROCESSORS: dict[str, type[AttnMethod]]
 
@@ -76,7 +76,7 @@ _FILES = {  # public name -> file
     "LayoutError": "layer",
     "MixtureOfHeadsAttnProcessor": "heads",
     "NeighborhoodAttnProcessor": "linear_forms",
-    "Place": "subjects",
+    "Place": "places",
     "Report": "report",
     "RoutedAttnProcessor": "routed",
     "UnsupportedModel": "families",

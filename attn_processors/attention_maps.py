@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .context import Context
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
-    from .subjects import Cast, Place
+    from .places import Place
+    from .subjects import Cast
 
 __all__ = ["Maps"]
 

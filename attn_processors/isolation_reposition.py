@@ -31,8 +31,9 @@ from .method import AttnMethod, LayerInfo
 from .ops.groups import Extra, grouped_attention
 from .ops.regions import MOST_SUBJECTS
 from .ops.reposition import sample
-from .subjects import ISOLATE, REFER, Cast, Place, Reader
-from .text_mix import mixed, mixed_jointly
+from .places import Place, check_panel
+from .subjects import ISOLATE, REFER, Cast, Reader
+from .text_mix import Ear, mixed_jointly, own_rows
 
 if TYPE_CHECKING:
     from .context import Context
@@ -48,7 +49,7 @@ Window = tuple[float, float]
 class IsolationRepositionAttnProcessor(AttnMethod):
     """Keep subjects apart, and like their references, in UNets, FLUX and Stable Diffusion 3.
 
-    The rows of a call are, in every guidance branch, first the references and then the panels: give the pipeline the
+    The rows of a call are, in every guidance branch, the references, the captions, and the panels: give the pipeline the
     prompts in that order. Without references, one panel stands for any number of rows. `reattend.pipelines.story` does it
     all; without any panel the attention is stock.
 
@@ -57,6 +58,9 @@ class IsolationRepositionAttnProcessor(AttnMethod):
 
     panels: tuple[tuple[Place, ...], ...] = ()  # who is where in each picture
     references: tuple[Place, ...] = ()  # one for each reference; several of one subject share its weight
+    captions: tuple[
+        str, ...
+    ] = ()  # in joint layers, which have text in their rows alone: every caption of the panels' places
     # rows of the same call; a bank filled by an earlier one; "record" fills the bank
     source: Literal["rows", "bank", "record"] = "rows"
     strength: float = 1.0  # share of a subject's tokens that see its references at each step, 0 to 1; more = more alike
@@ -104,7 +108,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if self.source == "record" and self.panels:
             raise ValueError("a bank is recorded from references alone; leave the panels to the run that reads it.")
         for number, panel in enumerate(self.panels):
-            _check_panel(number, panel)
+            check_panel(number, panel)
         for place in self.references:
             if not place.subject:
                 raise ValueError("a reference needs the name of its subject; write Place(subject='cat').")
@@ -138,6 +142,11 @@ class IsolationRepositionAttnProcessor(AttnMethod):
 
     @property
     def rows_in_front(self) -> int:
+        """Rows of references and captions in every branch."""
+        return self.reference_rows + len(self.captions)
+
+    @property
+    def reference_rows(self) -> int:
         """Rows of references in every branch."""
         return 0 if self.source == "bank" else len(self.references)
 
@@ -162,8 +171,9 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             return 1  # without references all branches are alike
         if context.batch % rows:
             raise LayoutError(
-                f"the call has {context.batch} rows, which is no multiple of the {self.rows_in_front} references and "
-                f"{len(self.panels)} panels; give the pipeline one prompt for each, references first."
+                f"the call has {context.batch} rows, which is no multiple of the {self.reference_rows} references, "
+                f"{len(self.captions)} captions and {len(self.panels)} panels; give the pipeline one prompt for each, in "
+                "this order."
             )
         return context.batch // rows
 
@@ -178,9 +188,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             cast.check(context)
         if self.source != "rows" and cast.bank is None:
             raise RuntimeError(f"source={self.source!r} needs a bank; reattend.pipelines.story makes it.")
-        if self.captioned and not all(
-            place.caption in cast.captions for panel in self.panels for place in panel if place.caption
-        ):
+        told = {place.caption for panel in self.panels for place in panel if place.caption} if self.captioned else set()
+        if told - {*cast.captions, *self.captions}:
             raise RuntimeError("the captions of places have to be encoded; reattend.pipelines.story does that.")
         cast.begin(context)
         if (maps := self.maps(context)) is not None:
@@ -207,17 +216,13 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if self.neutral or not (self._automatic or self.text_mix):
             return []
         hooks = context.family.listen(context, Ear(self, context))
-        if self.captioned and not hooks:
-            raise ValueError(
-                f"captions of places need text cross-attention that we reach, which {type(context.model).__name__} has not."
-            )
         if self.text_mix and not hooks:
             if not any(info.role == "joint" for info, _ in context.family.layers(context.model)):
                 raise ValueError(
                     f"text_mix needs layers that read text and that we reach, which {type(context.model).__name__} has "
                     "not; leave it 0."
                 )
-            if self.source != "rows":
+            if self.source != "rows" and not self.captioned:
                 raise ValueError(
                     "text_mix in joint layers reads the references' text in their own rows, and a bank keeps none; leave "
                     "out the bank, or text_mix."
@@ -251,7 +256,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
         valid = None if call.mask is None else call.mask[:, 0, 0]
         plans = [plan for number in range(len(self.panels)) for plan in self._plans(call, cast, number, phase, refer)]
-        if not any(readers or len(groups) > 1 for _, groups, readers in plans):
+        if not any(readers or len(groups) > 1 for *_, groups, readers in plans):
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
         q, k, v = call.q, call.k, call.v
         out = torch.empty_like(q)
@@ -261,29 +266,27 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if stock:
             mask = None if call.mask is None else call.mask[stock]
             out[stock] = call.softmax(q[stock], k[stock], v[stock], mask=mask)
-        for rows, groups, readers in plans:
+        for number, rows, groups, readers in plans:
             extra = {s: [self._extra(call, cast, one, len(rows)) for one in several] for s, several in readers.items()}
             seen = None if valid is None else valid[rows]
             out[rows] = grouped_attention(q[rows], k[rows], v[rows], groups, extra, call.softmax, seen)
-            if self.text_mix and readers and call.text_places:
-                own = {
-                    s: [self._reference_rows(call, cast, one, len(rows)) for one in several]
-                    for s, several in readers.items()
-                }
-                out[rows] = mixed_jointly(call, rows, groups, extra, own, self.text_mix, out[rows])
+            if readers and self.text_mix and call.text_places:
+                own = own_rows(call, cast, number, rows, readers)
+                out[rows] = mixed_jointly(call, rows, groups, extra, own, out[rows])
         return out.flatten(2)
 
     def _plans(self, call: LayerCall, cast: Cast, number: int, phase: int, refer: bool) -> list[tuple]:
-        """(rows, groups, readers by subject) of one panel, apart for branches with references and without."""
+        """(number, rows, groups, readers by subject) of one panel, apart for branches with references and without."""
         isolate = bool(phase & ISOLATE)
-        readers = cast.readers(number, call) if refer else {}
+        told = cast.told_in(number, call) if self.captions and self.captioned and call.text_places else []
+        readers = {subject: [] for subject in told} | dict(cast.readers(number, call) if refer else {})
         with_references = cast.reference_branches() if readers else []
         without = [branch for branch in cast.all_branches if branch not in with_references]
         plans = []
         for branches, reads in ((with_references, readers), (without, {})):
             if branches:
                 rows = cast.rows("panel", number, call.context, branches)
-                plans.append((rows, cast.groups(number, call, isolate, reads), reads))
+                plans.append((number, rows, cast.groups(number, call, isolate, reads), reads))
         return plans
 
     def _extra(self, call: LayerCall, cast: Cast, reader: Reader, rows: int) -> Extra:
@@ -301,11 +304,6 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if each > 1:
             k, v = k.repeat_interleave(each, 0), v.repeat_interleave(each, 0)
         return Extra(k, v, reader.bias)
-
-    def _reference_rows(self, call: LayerCall, cast: Cast, reader: Reader, rows: int) -> list[int]:
-        """The rows of the call that hold a reference, for each of the rows of one panel."""
-        found = cast.rows("reference", reader.number, call.context, cast.reference_branches())
-        return [row for row in found for _ in range(rows // len(found))]
 
     def _record(self, call: LayerCall, cast: Cast) -> None:
         bank = cast.bank
@@ -343,43 +341,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         return 1.0 if mode == "coords" else 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class Ear:
-    """What is called after every text cross-attention. An object, so that a copy of the model has its own."""
-
-    method: IsolationRepositionAttnProcessor
-    context: Context
-
-    def __call__(self, attn: Any, x: Tensor, text: Tensor, out: Tensor) -> Tensor:
-        cast, maps = self.method.cast(self.context), self.method.maps(self.context)
-        if maps is not None:
-            maps.hear(self.context, attn, x, text)
-        return mixed(self.method, cast, self.context, attn, x, text, out)
-
-
 def _in(window: Window | None, progress: float) -> bool:
     if window is None:
         return False
     begun, over = progress >= window[0] - ROUNDING, window[1] < 1 and progress >= window[1] - ROUNDING
     return begun and not over
-
-
-def _check_panel(number: int, panel: tuple[Place, ...]) -> None:
-    names = [place.subject for place in panel]
-    for place in panel:
-        if not place.subject and not place.words:
-            raise ValueError(f"a place in panel {number + 1} has no subject; name it, or give the background's words.")
-        if place.subject and place.box is None and place.mask is None and not place.words:
-            raise ValueError(
-                f"{place.subject!r} in panel {number + 1} has no place: give a box, a mask, or the words that mean it."
-            )
-        if names.count(place.subject) > 1:
-            raise ValueError(f"{place.subject!r} is twice in panel {number + 1}; give one place, or two names.")
-    words = {place.subject: set(place.words) for place in panel if place.automatic}
-    for one in words:
-        for other in words:
-            if one < other and words[one] & words[other]:
-                raise ValueError(
-                    f"{one!r} and {other!r} in panel {number + 1} share words, so attention maps cannot tell them "
-                    "apart; give boxes or masks."
-                )

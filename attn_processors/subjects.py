@@ -1,6 +1,6 @@
 """Who is where in the rows of a call: what isolation and reposition need to know, worked out once per grid.
 
-A `Place` says where a subject is in one picture. A `Cast` belongs to one installed method and one denoiser: it lays the
+A `Cast` belongs to one installed method and one denoiser: it lays the
 places over the grids of the call, finds the tokens of every subject, and keeps what changes from step to step (masks
 read from attention maps, which queries may read a reference, the bank).
 """
@@ -20,57 +20,18 @@ from .bank import Bank, Source
 from .ops.groups import Group, isolation_groups
 from .ops.regions import Box, box_tokens, clipped, mask_tokens, owners, tight_box, unpack_mask
 from .ops.reposition import area_ratio, rotary_places, sampling
+from .places import Place
 
 if TYPE_CHECKING:
     from .context import Context
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
 
-__all__ = ["ISOLATE", "REFER", "Cast", "Place", "Reader"]
+__all__ = ["ISOLATE", "REFER", "Cast", "Reader"]
 
 ISOLATE, REFER = 1, 2  # bits of a phase
 
 Grid = tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A subject in one picture, and where: by a box, by a mask, or by the words of the prompt that mean it.
-
-    Attributes:
-        subject: its name; "" only with `words`, which are then those of the background.
-        box: (x0, y0, x1, y1) in fractions of width and height.
-        mask: as `pack_mask` writes it, in place of a box.
-        words: places of its words among the text tokens, by which attention maps show it where neither box nor mask is
-            given.
-        caption: of a panel: what this part of the picture reads in place of the panel's prompt, such as that prompt with
-            this subject alone in its own words; "" = the prompt.
-    A reference with none of box, mask and words fills its picture.
-    """
-
-    subject: str
-    box: tuple[float, float, float, float] | None = None
-    mask: str | None = None
-    words: tuple[int, ...] = ()
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        if self.box is not None and not all(math.isfinite(edge) for edge in self.box):
-            raise ValueError(f"box of {self.subject!r} has edges that are no numbers: got {self.box}.")
-        if self.box is not None and (self.box[0] > self.box[2] or self.box[1] > self.box[3]):
-            raise ValueError(
-                f"box of {self.subject!r} is turned around: got {self.box}, need x0 <= x1 and y0 <= y1; boxes are "
-                "(left, top, right, bottom) in fractions of width and height."
-            )
-        if self.mask is not None:
-            unpack_mask(self.mask)  # raises
-        if any(word < 0 for word in self.words):
-            raise ValueError(f"words of {self.subject!r} are places from 0 on, got {self.words}.")
-
-    @property
-    def automatic(self) -> bool:
-        """Whether attention maps have to show where it is."""
-        return self.box is None and self.mask is None and bool(self.words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +90,12 @@ class Cast:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, kind: str, number: int, context: Context, branches: Sequence[int]) -> list[int]:
-        """Rows of the call that hold a panel or a reference, for each of some branches."""
-        in_front = self.method.rows_in_front
+        """Rows of the call that hold a panel, a reference or a caption, for each of some branches."""
         if self.method.broadcast:
             return list(range(context.batch))
-        per_branch = in_front + len(self.method.panels)
-        return [branch * per_branch + number + (in_front if kind == "panel" else 0) for branch in branches]
+        first = {"reference": 0, "caption": self.method.reference_rows, "panel": self.method.rows_in_front}[kind]
+        per_branch = self.method.rows_in_front + len(self.method.panels)
+        return [branch * per_branch + first + number for branch in branches]
 
     @property
     def all_branches(self) -> list[int]:
@@ -235,7 +196,7 @@ class Cast:
         self, number: int, call: LayerCall, isolate: bool, readers: Mapping[int, Sequence[Reader]]
     ) -> list[Group]:
         """The groups of a panel's sequence in this layer."""
-        random = self.method.strength < 1 and bool(readers)
+        random = self.method.strength < 1 and any(readers.values())
         moment = self.step if random else None
         key = ("groups", number, call.layout, isolate, tuple(readers), moment, call.q.device)
         if key not in self._cache:
@@ -266,6 +227,15 @@ class Cast:
             }
             self._cache[key] = {subject: several for subject, several in found.items() if several}
         return self._cache[key]
+
+    def told_in(self, number: int, call: LayerCall) -> list[int]:
+        """The subjects of a panel that read a caption of their own, where they are on the grid of this layer."""
+        _, boxes = self.owner(number, call.layout.shape)
+        return [
+            self.subjects.index(place.subject)
+            for place in self.method.panels[number]
+            if place.caption and place.subject in boxes
+        ]
 
     def sources(self, call: LayerCall) -> list[Source]:
         """The references that this layer can read now."""

@@ -10,14 +10,16 @@ own character alone. A caption tells of the whole panel, a reference's prompt of
 (IR-Diffusion, arXiv 2411.19261, mixes 0.9) it brings that picture's background, and hides who should be there.
 Attention works query by query, so only the subject's own tokens are computed a second time.
 
-In joint layers text and picture share one softmax, so the second answer is that of the same keys with the reference's
-text, as that layer has it in the reference's row, in place of the panel's. Only the queries that see references in a step
-get it, a share `strength` of the subject's; for these m = text_mix.
+In joint layers text and picture share one softmax, and text changes from layer to layer. So captions are further rows of
+the call, drawn from the noise of their panel, and the second answer is that of the same keys with the caption's (or the
+reference's) text, as that layer has it in its row, in place of the panel's. Where a share `strength` of a subject's queries
+sees references, only these get text of their own; then m = text_mix / 2 for the text of references.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +32,26 @@ if TYPE_CHECKING:
     from .context import Context
     from .isolation_reposition import IsolationRepositionAttnProcessor
     from .layer import LayerCall
-    from .subjects import Cast, Place
+    from .places import Place
+    from .subjects import Cast, Reader
 
-__all__ = ["mixed", "mixed_jointly"]
+__all__ = ["Ear", "mixed", "mixed_jointly", "own_rows"]
 
 REFERENCE_SHARE = 0.5  # of text_mix, for text that was written for another picture
+
+
+@dataclass(frozen=True, eq=False)
+class Ear:
+    """What is called after every text cross-attention. An object, so that a copy of the model has its own."""
+
+    method: IsolationRepositionAttnProcessor
+    context: Context
+
+    def __call__(self, attn: Any, x: Tensor, text: Tensor, out: Tensor) -> Tensor:
+        cast, maps = self.method.cast(self.context), self.method.maps(self.context)
+        if maps is not None:
+            maps.hear(self.context, attn, x, text)
+        return mixed(self.method, cast, self.context, attn, x, text, out)
 
 
 def mixed(
@@ -121,13 +138,32 @@ def _keep(cast: Cast, context: Context, method: IsolationRepositionAttnProcessor
                 cast.bank.put_text(key, text[cast.rows("reference", number, context, [branch])[0]].clone())
 
 
+def own_rows(
+    call: LayerCall, cast: Cast, number: int, rows: Sequence[int], readers: Mapping[int, Sequence[Reader]]
+) -> dict[int, tuple[list[list[int]], float]]:
+    """By subject of a panel: the rows of the call whose text it reads, each time for all `rows` of the panel, and m."""
+    method = cast.method
+    captions = {cast.subjects.index(one.subject): one.caption for one in method.panels[number] if one.subject}
+
+    def for_all(kind: str, which: int) -> list[int]:
+        found = cast.rows(kind, which, call.context, cast.reference_branches())
+        return [row for row in found for _ in range(len(rows) // len(found))]
+
+    own = {}
+    for subject, several in readers.items():
+        if captions[subject]:
+            own[subject] = [for_all("caption", method.captions.index(captions[subject]))], method.text_mix
+        elif method.source == "rows":
+            own[subject] = [for_all("reference", one.number) for one in several], REFERENCE_SHARE * method.text_mix
+    return own
+
+
 def mixed_jointly(
     call: LayerCall,
     rows: list[int],
     groups: Sequence[Group],
     extra: Mapping[int, Sequence[Extra]],
-    own_rows: Mapping[int, Sequence[list[int]]],
-    share: float,
+    own: Mapping[int, tuple[Sequence[list[int]], float]],
     out: Tensor,
 ) -> Tensor:
     """The output of a joint layer for the rows of one panel, with every subject's own text mixed in.
@@ -135,8 +171,7 @@ def mixed_jointly(
     Args:
         rows: of the panel in the call, one for each guidance branch.
         groups, extra: as `grouped_attention` had them.
-        own_rows: by subject, for each of its references the rows of the call that hold it, in the order of `rows`.
-        share: m.
+        own: as `own_rows` tells it.
         out: what it returned, (len(rows), L, h, d).
 
     Raises:
@@ -151,15 +186,16 @@ def mixed_jointly(
     result = out.clone()
     for group in groups:
         keys = no_text.nonzero().flatten() if group.keys is None else group.keys[no_text[group.keys]]
-        bare = Group(group.queries, keys, group.subjects)
-        answers = []
-        for subject in group.subjects:
-            several = []
-            for own in own_rows[subject]:
-                mine = Extra(call.k[own][:, text], call.v[own][:, text])
+        bare, before = Group(group.queries, keys, group.subjects), out[:, group.queries]
+        changes = []
+        for subject in (one for one in group.subjects if one in own):
+            several, share = own[subject]
+            answers = []
+            for theirs in several:
+                mine = Extra(call.k[theirs][:, text], call.v[theirs][:, text])
                 given = {**extra, subject: [*extra[subject], mine]}
-                several.append(grouped_attention(q, k, v, [bare], given, call.softmax)[:, group.queries])
-            answers.append(torch.stack(several).mean(0))
-        if answers:
-            result[:, group.queries] = torch.lerp(out[:, group.queries], torch.stack(answers).mean(0), share)
+                answers.append(grouped_attention(q, k, v, [bare], given, call.softmax)[:, group.queries])
+            changes.append(share * (torch.stack(answers).mean(0) - before))
+        if changes:
+            result[:, group.queries] = before + torch.stack(changes).sum(0) / len(group.subjects)
     return result

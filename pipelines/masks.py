@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..attn_processors.ops.regions import LARGEST_MASK, Box, pack_mask, unpack_mask
-from ..attn_processors.subjects import Place
+from ..attn_processors.places import Place
 from .files import PICTURES, inside
 
 __all__ = ["mask_picture", "overlay", "read_mask", "text_tokens", "words_of"]

@@ -26,8 +26,7 @@ __all__ = ["filled_in_story", "panel_places", "reference_place"]
 def filled_in_story(script: Script, pipe: Any) -> Script:
     """The script with sizes, seeds, guidance, places and versions as they will be used."""
     prompts = [*(subject.drawn for subject in script.subjects), *(panel.prompt for panel in script.panels)]
-    if getattr(pipe, "unet", None) is not None:
-        prompts += [own_caption(script, i, one) or "-" for i in range(len(script.panels)) for one in script.subjects]
+    prompts += [own_caption(script, i, one) or "-" for i in range(len(script.panels)) for one in script.subjects]
     recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in dict.fromkeys(prompts)]
     recipe = recipes[0]
     assert recipe.seed is not None

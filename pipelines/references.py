@@ -19,7 +19,7 @@ from ..attn_processors.bank import Bank
 from ..attn_processors.isolation_reposition import IsolationRepositionAttnProcessor
 from ..attn_processors.method import LayerInfo
 from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, pack_mask, tight_box, unpack_mask
-from ..attn_processors.subjects import Place
+from ..attn_processors.places import Place
 from .files import PICTURES
 
 if TYPE_CHECKING:

@@ -38,8 +38,7 @@ class Subject:
         phrase: the words in the captions that mean it, such as "cat"; by them attention maps find it where a panel gives
             no place. Empty: its name.
         looks: what stands for the phrase where the subject itself reads the caption, such as "red cat"; empty: the phrase.
-        prompt: what its reference picture shows. Empty: no reference where the model can do with how it looks (UNets), else
-            a picture of how it looks, or of the phrase.
+        prompt: what its reference picture shows. Empty: no reference, or one of the phrase if it does not say how it looks.
         picture: a picture file in place of a made one.
         place: where it is in its reference picture: a box [x0, y0, x1, y1], {"mask": ...}, or None: it is found by its
             phrase if the prompt has it, else it fills the picture. In a picture of one's own, as the file shows it: if
@@ -278,7 +277,7 @@ class Script:
 
         if not isinstance(self.consistency, Mapping):
             raise TypeError(f"consistency must map settings to values, got {self.consistency!r}")
-        ours = ("panels", "references", "source", "strength")
+        ours = ("panels", "references", "captions", "source", "strength")
         if taken := [name for name in self.consistency if name in ours]:
             raise ValueError(f"consistency cannot set {taken[0]!r}: the story itself does")
         IsolationRepositionAttnProcessor.from_settings(self.consistency)

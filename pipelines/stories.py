@@ -35,7 +35,7 @@ __all__ = ["USUAL", "story"]
 
 # What works best on the bundled models; a story's `consistency` changes single settings.
 USUAL = {"branches": "cond"}
-USUAL_UNET = {"text_mix": 1.0, "reference_layers": "up_blocks"}
+USUAL_UNET = {"reference_layers": "up_blocks"}
 Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
 
 
@@ -138,13 +138,19 @@ class _Job:
             panels.append(self._captioned(number, places))
             made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
-        subjects = [one for name in names if self._referred(one := self.script.subject(name))]
+        subjects = [one for name in names if (one := self.script.subject(name)).has_reference]
         names = [one.name for one in subjects]
         if not self.script.strength or self.settings.get("refer", ()) is None:
             subjects = []
+        captions = {place.caption: number for number, row in zip(group, panels, strict=True) for place in row}
+        # without captions, text of one's own in joint layers is that of references, which a bank does not keep
+        mix = self.settings.get("text_mix", 1.0 if self.unet or any(captions) else 0.0)
+        captions = {caption: number for caption, number in captions.items() if caption and mix}
         method = IsolationRepositionAttnProcessor.from_settings(
             {
                 **self.settings,
+                "text_mix": mix,
+                "captions": () if self.unet else tuple(captions),
                 "panels": tuple(panels),
                 "references": tuple(self._reference(subject) for subject in subjects),
                 "source": "rows" if self.script.bank is None or not subjects else "bank",
@@ -152,7 +158,7 @@ class _Job:
         )
         if not subjects and not method.captioned:
             method = replace(method, text_mix=0.0)
-        texts = encoded(self.pipe, [place.caption for row in panels for place in row if place.caption])
+        texts = encoded(self.pipe, list(captions)) if self.unet else {}
         bank = None
         if method.source == "bank":
             bank, pictures = self._fill(method, subjects, made)
@@ -160,28 +166,24 @@ class _Job:
         elif self.script.bank is not None:
             self.call += 1
         rows = subjects if method.source == "rows" else []
-        prompts = [*(one.drawn for one in rows), *(self.script.panels[number].prompt for number in group)]
-        seeds = [*(one.seed for one in rows), *(self.script.panels[number].seed for number in group)]
+        shown = [self.script.panels[number] for number in group]
+        noise = [self.script.panels[captions[caption]].seed for caption in method.captions]
+        prompts = [*(one.drawn for one in rows), *method.captions, *(panel.prompt for panel in shown)]
+        seeds = [*(one.seed for one in rows), *noise, *(panel.seed for panel in shown)]
         with self._inside(method, bank, group.start, texts) as contexts:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):
                 made.places[number] = self._found(method, contexts, number - group.start, panel)
             made.report += [line for context in contexts for line in method.cast(context).told()]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
-        made.panels |= dict(zip(group, pictures[len(rows) :], strict=True))
+        made.panels |= dict(zip(group, pictures[method.rows_in_front :], strict=True))
 
     def _reference(self, subject: Subject) -> Place:
         """Where a subject is in the picture of its row."""
         return self.cut[subject.name][1] if subject.name in self.cut else reference_place(self.pipe, subject)
 
-    def _referred(self, subject: Subject) -> bool:
-        """Whether it gets a reference. Where text is read in layers of its own, how it looks can do."""
-        return subject.has_reference or not self.unet
-
     def _captioned(self, number: int, places: tuple[Place, ...]) -> tuple[Place, ...]:
         """The places of a panel, each with the caption as its subject reads it."""
-        if not self.unet:
-            return places
         own = {one.name: own_caption(self.script, number, one) for one in self.script.subjects}
         return tuple(replace(place, caption=own.get(place.subject, "")) for place in places)
 
@@ -196,7 +198,7 @@ class _Job:
         }
         there = {name for number in group for name in script.panels[number].places or {}}
         alone = [one for one in script.subjects if one.name in there and one.place is None and one.found is None]
-        alone = [one for one in alone if one.picture is None and self._referred(one)]
+        alone = [one for one in alone if one.picture is None and one.has_reference]
         missing = {number: names for number, names in missing.items() if names}
         if not missing and not alone:
             self.call += 1

@@ -84,7 +84,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "mass": ("Weight of a reference", "1: by the size of the subject; empty: as resampling would"),
     "overlap": ("Where subjects overlap", "Whose the place is"),
     "branches": ("Guidance that sees references", "both, or only the one with the prompt"),
-    "text_mix": ("How much of a reference's own prompt its subject reads", "0 to 1"),
+    "text_mix": ("How much of its own text a subject reads", "0 to 1"),
     "warmup": ("Steps before subjects are looked for", "Share of the steps; only without boxes"),
     "strict": ("Refuse when a subject is not found", "Otherwise it is left alone"),
     "window": ("How many near frames are seen", "Itself included; empty is the length of the training clips"),

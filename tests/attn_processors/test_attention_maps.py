@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from reattend.attn_processors import IsolationRepositionAttnProcessor, LayoutError, Place, install, installed
+from reattend.attn_processors import IsolationRepositionAttnProcessor, LayoutError, Place, installed
 from reattend.attn_processors.attention_maps import Maps
 from reattend.attn_processors.bank import Bank
 
@@ -199,12 +199,6 @@ def test_subjects_read_the_caption_of_their_place_in_the_branch_with_the_prompt(
     left = (torch.arange(256) % 16 < 8)[:, None]
     torch.testing.assert_close(after[1], torch.where(left, 0.5 * stock[1] + 0.5 * read, stock[1]), atol=CLOSE, rtol=0)
     assert torch.equal(after[0], stock[0])
-
-
-def test_a_caption_needs_layers_that_read_text(flux):
-    method = IsolationRepositionAttnProcessor(panels=((replace(BOXES[0], caption="a cat"),),), text_mix=0.5)
-    with pytest.raises(ValueError, match="captions of places need text cross-attention"):
-        install(flux, method)
 
 
 def test_text_of_a_bank_equals_that_of_rows(sd):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from two_subjects import ALONE, LEFT, PROMPTS, REFERENCES, RIGHT, TWO, pictures
 
@@ -15,16 +16,19 @@ from reattend.attn_processors.ops.groups import Extra, dense_reference
 from reattend.attn_processors.ops.regions import box_tokens, owners
 
 EXACT = 1e-5  # fp32, other orders of summation
-MIXED = replace(TWO, text_mix=0.4, overlap="shared", references=(*REFERENCES, Place(subject="cat")))
 PANEL = (Place(subject="cat", box=LEFT), Place(subject="dog", box=(0.25, 0.0, 1.0, 1.0)))  # they share some tokens
+TOLD = (replace(PANEL[0], caption="a blue cat"), PANEL[1])
+MIXED = replace(TWO, text_mix=0.4, overlap="shared", panels=(PANEL,), references=(*REFERENCES, Place(subject="cat")))
+CAPTIONED = replace(MIXED, panels=(TOLD,), references=REFERENCES, captions=("a blue cat",))
 FOUR = ["a cat", "a dog", "a blue cat", PROMPTS[2]]
 
 
+@pytest.mark.parametrize("method", [MIXED, CAPTIONED], ids=["references", "caption"])
 @pytest.mark.parametrize("branches", ["both", "cond"])
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_a_joint_layer_with_own_text_equals_the_masked_softmax(family, branches, request, monkeypatch):
+def test_a_joint_layer_with_own_text_equals_the_masked_softmax(family, branches, method, request, monkeypatch):
     pipe = request.getfixturevalue(family)
-    method = replace(MIXED, panels=(PANEL,), branches=branches)
+    method = replace(method, branches=branches)
     calls: list[tuple[JointCall, torch.Tensor]] = []
     attend = IsolationRepositionAttnProcessor.attend
 
@@ -77,8 +81,8 @@ def judged(
     no_text = torch.ones(1, call.layout.tokens, dtype=torch.bool)
     no_text[:, text] = False
     own: dict[int, torch.Tensor] = {}
-    for subject, references in {0: (0, 2), 1: (1,)}.items():
-        rows = [branch * 4 + number for number in references]
+    for subject, numbers in {0: (2,) if method.captions else (0, 2), 1: (1,)}.items():
+        rows = [branch * 4 + number for number in numbers]
         texts = [Extra(call.k[[one]][:, text], call.v[[one]][:, text]) for one in rows]
         answers = [
             dense_reference(q, k, v, owner, {**extra, subject: [*extra[subject], one]}, scale=call.scale, valid=no_text)
@@ -86,11 +90,47 @@ def judged(
         ]
         own[subject] = torch.stack(answers).mean(0)
     result = want.clone()
-    for code, mix in {1: own[0], 2: own[1], 3: (own[0] + own[1]) / 2}.items():
+    share = {0: 0.4 if method.captions else 0.2, 1: 0.2}  # half for the text of references
+    change = {subject: share[subject] * (own[subject] - want) for subject in own}
+    for code, mix in {1: change[0], 2: change[1], 3: (change[0] + change[1]) / 2}.items():
         mine = owner == code
         assert mine.any()
-        result[:, mine] = 0.6 * want[:, mine] + 0.4 * mix[:, mine]
+        result[:, mine] += mix[:, mine]
     return result
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_subject_that_fills_the_panel_draws_the_picture_of_its_caption(family, request):
+    pipe = request.getfixturevalue(family)
+    place = Place(subject="cat", box=(0, 0, 1, 1), caption="a red cat")
+    method = IsolationRepositionAttnProcessor(
+        panels=((place,),), captions=("a red cat",), text_mix=1.0, branches="cond"
+    )
+
+    def drawn() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)]
+        return tiny.run(pipe, prompt=["a red cat", "a cat"], generator=generators)
+
+    def one_pooled_text(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        pooled = given["pooled_projections"]
+        return args, given | {"pooled_projections": pooled[::2].repeat_interleave(2, 0)}
+
+    hook = pipe.transformer.register_forward_pre_hook(one_pooled_text, with_kwargs=True)
+    try:
+        stock = drawn()
+        with installed(pipe, method):
+            got = drawn()
+    finally:
+        hook.remove()
+    torch.testing.assert_close(got[0], stock[0], atol=EXACT, rtol=0)
+    torch.testing.assert_close(got[1], stock[0], atol=EXACT, rtol=0)
+    assert not torch.allclose(stock[1], stock[0], atol=1e-4)
+
+
+def test_a_caption_without_a_row_is_told(flux):
+    method = replace(CAPTIONED, captions=(), references=())
+    with installed(flux, method), pytest.raises(RuntimeError, match="captions of places have to be encoded"):
+        pictures(flux, ["a cat and a dog"])
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])

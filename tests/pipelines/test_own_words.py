@@ -69,14 +69,32 @@ def test_a_subject_that_fills_the_panel_gives_the_picture_of_its_own_caption(sd)
     assert np.abs(got - np.asarray(plain.panels[0], np.int16)).max() > 1
 
 
-def test_how_a_subject_looks_is_its_reference_where_text_has_no_layers_of_its_own(flux):
-    made = story(Script(subjects=(CAT,), panels=(Panel(prompt="a cat"),), steps=1, seed=1), pipe=flux)
-    assert set(made.references) == {"Tom"} and made.script.subjects[0].drawn == "orange cat"
-
-
 def test_a_reference_is_asked_for_by_a_prompt_or_for_want_of_looks():
     assert not CAT.has_reference
     assert Subject(name="cat").has_reference and Subject(name="cat").drawn == "cat"
     both = Subject(name="cat", looks="red cat", prompt="a red cat on sand")
     assert both.has_reference and both.drawn == "a red cat on sand"
     assert Subject(name="cat", looks="red cat", picture="cat.png").drawn == "red cat"
+
+
+def test_where_text_is_in_joint_layers_captions_are_rows_of_the_call(flux):
+    seen = []
+    hook = flux.transformer.register_forward_pre_hook(
+        lambda _, args, given: seen.append(len(given["hidden_states"])), with_kwargs=True
+    )
+    panels = (
+        Panel(prompt="a cat and a dog", seed=3, places={"Tom": [0, 0, 0.5, 1], "Rex": [0.5, 0, 1, 1]}),
+        Panel(prompt="a dog", seed=4, places={"Rex": None}),
+    )
+    rex = Subject(name="Rex", phrase="dog", looks="red dog", prompt="a red dog on sand")
+    script = Script(subjects=(CAT, rex), panels=panels, steps=5, seed=1)
+    try:
+        made = story(script, pipe=flux)
+    finally:
+        hook.remove()
+    assert seen == [4] * 5 + [3] * 5  # a reference of Rex, a caption for each subject, the panel
+    assert set(made.references) == {"Rex"} and set(made.panels) == {0, 1}
+    again = story(made.script, pipe=flux, only=[1])
+    assert np.array_equal(again.panels[1], made.panels[1])
+    plain = story(Script(subjects=(CAT, rex), panels=panels, steps=5, seed=1, consistency={"text_mix": 0}), pipe=flux)
+    assert not np.array_equal(plain.panels[0], made.panels[0])
