@@ -15,7 +15,7 @@ from ..attn_processors.families import replaced
 from . import checkpoint
 from .prompts import FramePrompts
 
-__all__ = ["Schedule", "TextOfFrames", "kept_on_host", "upcast_vae"]
+__all__ = ["Schedule", "TextOfFrames", "in_float32", "kept_on_host", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -35,20 +35,40 @@ class Schedule:
     tell phases of attention how far the film is.
     """
 
-    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
-        self.pipe, self.scheduler, self.resumed = pipe, pipe.scheduler, resumed
+    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None, source: Tensor | None = None):
+        """source: latents of the film that this one is made from, without noise, (1, C, f, H, W)."""
+        self.pipe, self.scheduler, self.resumed, self.source = pipe, pipe.scheduler, resumed, source
         self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
+        self.cut = getattr(pipe, "get_timesteps", None)  # of video-to-video, which leaves out the first steps
         functools.update_wrapper(self, self.stock)
+
+    @property
+    def patches(self) -> list[tuple[Any, str, Any]]:
+        cut = [] if self.cut is None else [(self.pipe, "get_timesteps", self.remaining)]
+        return [(self.scheduler, "set_timesteps", self), (self.pipe, "prepare_latents", self.latents), *cut]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.stock(*args, **kwargs)
         self.whole = self.scheduler.timesteps
         if self.resumed is not None:
             checkpoint.restore(self.scheduler, _placed(self.resumed.history, self.pipe._execution_device))
-            self.scheduler.timesteps = self.whole[self.resumed.step :]
+            if self.cut is None:
+                self.scheduler.timesteps = self.whole[self.resumed.step :]
+
+    def remaining(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        """Stands for `pipe.get_timesteps`."""
+        assert self.cut is not None
+        timesteps, number = self.cut(*args, **kwargs)
+        return timesteps if self.resumed is None else timesteps[self.resumed.step :], number
 
     def latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for `pipe.prepare_latents`."""
+        if self.source is not None:
+            noise = kwargs["latents"]
+            clean, noise = (
+                x.transpose(1, 2) for x in (self.source.to(noise), noise)
+            )  # as the stock pipeline: B, F, ...
+            return self.scheduler.add_noise(clean, noise, kwargs["timestep"]).transpose(1, 2)
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
@@ -82,8 +102,15 @@ def upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
     if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
         yield vae.dtype
         return
-    try:
-        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
+    with in_float32(vae):
         yield torch.float32
+
+
+@contextlib.contextmanager
+def in_float32(vae: nn.Module) -> Iterator[None]:
+    """The VAE in float32, all of it: with parts left in float16, as by upcast_vae, newer decoders fail."""
+    before: Any = vae.dtype
+    try:
+        yield vae.to(dtype=torch.float32)
     finally:
-        vae.to(dtype=torch.float16)
+        vae.to(dtype=before)

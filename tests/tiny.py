@@ -264,6 +264,20 @@ def animatediff_sdxl() -> Any:
     return quiet(AnimateDiffSDXLPipeline(**parts, motion_adapter=adapter.eval()))
 
 
+@cache
+def animatediff_inputs(kind: str, nets: int = 1) -> Any:
+    """A pipeline of the AnimateDiff family that takes pictures: "ControlNet", "VideoToVideo", "VideoToVideoControlNet"."""
+    import diffusers
+
+    parts = dict(animatediff().components)
+    if "Control" in kind:
+        found = [controlnet(seed) for seed in range(nets)]
+        for net in found:  # else the pictures would change nothing
+            torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.5)
+        parts["controlnet"] = found[0] if nets == 1 else found
+    return quiet(getattr(diffusers, f"AnimateDiff{kind}Pipeline")(**parts))
+
+
 def fresh(pipe: Any) -> Any:
     """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared, never edited."""
     shared = [part for name, part in pipe.components.items() if name.startswith(("vae", "text_encoder", "tokenizer"))]

@@ -146,7 +146,7 @@ def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_fo
     assert main(["image", "--recipe", str(alone), "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
     assert "the recipe is that of a film" in capsys.readouterr().err
     assert main(["video", "a cat", "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
-    assert "makes no film from a text alone" in capsys.readouterr().err
+    assert "makes no film; use an AnimateDiff pipeline" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_path, capsys, monkeypatch):
