@@ -4,6 +4,7 @@
   needed.
 - A film to start from (*video*) is encoded frame by frame; what is drawn for a frame depends on the seed and the frame alone.
 - The picture of an IP-Adapter is encoded once for all frames.
+- Perturbed-attention guidance has a weight and layers (`perturbed`).
 
 Numbers are in the recipe, pictures are arguments of `long_video`, of which the recipe holds the digest.
 """
@@ -74,7 +75,11 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
                 f"the recipe was made with other {word}: got pictures with the digest {pictures[word][:12]}, it has "
                 f"{digest[:12]}; give the same pictures, or leave pictures out of the recipe's video"
             )
-    return replace(recipe, video=replace(video, pictures=pictures, **_numbers(recipe, pipe, accepts, scales)))
+    layers = video.pag_applied_layers or tuple(getattr(pipe, "pag_applied_layers", ()))
+    if layers and "pag_scale" not in accepts:
+        raise ValueError(f"{name} perturbs no layers, got pag_applied_layers {', '.join(layers)}; leave them out")
+    numbers = _numbers(recipe, pipe, accepts, scales)
+    return replace(recipe, video=replace(video, pictures=pictures, pag_applied_layers=layers, **numbers))
 
 
 def _numbers(
@@ -190,6 +195,8 @@ class FilmInputs:
         """Triples for `patched`."""
         scale = getattr(self.recipe.video, "ip_adapter_scale", None)
         triples: list[tuple[Any, str, Any]] = [(part, "scale", [scale]) for part in adapters(self.pipe)]
+        if "pag_scale" in self.accepts and self.recipe.video is not None:
+            triples.append((self.pipe, "pag_applied_layers", list(self.recipe.video.pag_applied_layers)))
         for attribute in ("prepare_video", "prepare_conditioning_frames"):
             if hasattr(self.pipe, attribute):
                 triples.append((self.pipe, attribute, self._conditions))

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from .noise import check_scheduler
+from .perturbed import check_perturbs
 
 __all__ = ["check_makes_films"]
 
@@ -23,11 +24,7 @@ def check_makes_films(pipe: Any) -> None:
             f"{name} makes no film yet: its ControlNet has motion modules of its own, which would see a part of the film "
             "only; use AnimateDiffControlNetPipeline"
         )
-    if "pag_scale" in accepts:
-        raise ValueError(
-            f"{name} makes no film yet: perturbed attention would be put in place of that between frames; use "
-            "AnimateDiffPipeline"
-        )
+    check_perturbs(pipe)
     net = getattr(pipe, "controlnet", None)
     if net is not None and any(part.config.global_pool_conditions for part in getattr(net, "nets", [net])):
         raise ValueError(

@@ -38,6 +38,7 @@ from .film_pictures import Pictures
 from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
 from .load import load
 from .noise import PerFrameStep, frame_noise
+from .perturbed import perturbed
 from .prompts import FramePrompts
 from .recipe import Recipe
 from .stream import CLIP, streamed
@@ -212,7 +213,7 @@ class _Making:
             readers = [model for model in (pipe.unet, getattr(pipe, "controlnet", None)) if model is not None]
             hooks = [model.register_forward_pre_hook(TextOfFrames(text), with_kwargs=True) for model in readers]
             try:
-                with patched(triples), without_progress_bar(pipe):
+                with patched(triples), perturbed(pipe), without_progress_bar(pipe):
                     self.begin = 0 if resumed is None else resumed.step
                     output = pipe(
                         **arguments,

@@ -94,7 +94,7 @@ def streamed(
         try:
             yield film
         finally:
-            context.clip = None
+            context.clip = context.rows = None
 
 
 def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -> list[int]:
@@ -170,6 +170,7 @@ class _ClipWise:
             return _like(out, iter([piece.to(home) for piece in _flat(out)]))
         whole: list[Tensor] = []
         for first, end in work.clips(rows):
+            work.context.rows = (first, end)
             here = [_part(x, first, end, rows, device) for x in args]
             there = {name: _part(x, first, end, rows, device) for name, x in kwargs.items()}
             out = run_part(self.stock, here, there)

@@ -41,6 +41,7 @@ class Video:
         controlnet_conditioning_scale: how closely it follows its conditioning frames; for pipelines with a ControlNet.
         ip_adapter_scale: how much it takes from its picture; for UNets with an IP-Adapter.
         pag_scale: weight of perturbed-attention guidance; for pipelines with that.
+        pag_applied_layers: where it perturbs, parts of names; empty: where the pipeline does.
         pictures: of what `long_video` was given besides text the SHA-256, by argument; filled in when the film is made.
 
     The numbers are None where they do not apply, or for the pipeline's own.
@@ -58,6 +59,7 @@ class Video:
     controlnet_conditioning_scale: float | None = None
     ip_adapter_scale: float | None = None
     pag_scale: float | None = None
+    pag_applied_layers: tuple[str, ...] = ()
     pictures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,11 @@ class Video:
                 object.__setattr__(self, name, float(value))
         if self.strength == 0:
             raise ValueError("strength is 0, which would leave the film as it was; give a number above 0 up to 1")
+        if not isinstance(self.pag_applied_layers, (tuple, list)):
+            raise TypeError(f"pag_applied_layers must be a list of names, got {self.pag_applied_layers!r}")
+        for layer in self.pag_applied_layers:
+            check_text("layer to perturb", layer, PROMPT_LENGTH)
+        object.__setattr__(self, "pag_applied_layers", tuple(self.pag_applied_layers))
         if not isinstance(self.pictures, Mapping) or not all(
             isinstance(name, str) and isinstance(digest, str) and DIGEST.fullmatch(digest)
             for name, digest in self.pictures.items()

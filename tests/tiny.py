@@ -266,7 +266,7 @@ def animatediff_sdxl() -> Any:
 
 @cache
 def animatediff_inputs(kind: str, nets: int = 1) -> Any:
-    """A pipeline of the AnimateDiff family that takes pictures: "ControlNet", "VideoToVideo", "VideoToVideoControlNet"."""
+    """Another pipeline of the AnimateDiff family, by a part of its name: "ControlNet", "VideoToVideo", "PAG" and so on."""
     import diffusers
 
     parts = dict(animatediff().components)

@@ -108,8 +108,9 @@ def test_bad_input_is_one_sentence_and_starts_nothing(session, changes, words):
             "agent and dual-scope attention and this page can hold dual-scope alone",
         ),
         (Recipe(prompt="a cat", model="elsewhere", video=Video()), "does not offer the model"),
+        (Recipe(prompt="a cat", model=MODEL, video=Video(strength=0.5)), "has strength, which this page cannot show"),
     ],
-    ids=["picture", "upscale", "two", "model"],
+    ids=["picture", "upscale", "two", "model", "input"],
 )
 def test_an_unusable_recipe_is_one_sentence_and_fills_nothing(tmp_path, recipe, words):
     file = tmp_path / "car.json"
