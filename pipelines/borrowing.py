@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attn_processors.context import context_of
+from ..attn_processors.dual_scope import DualScopeAttnProcessor
 from ..attn_processors.families import replaced
+from ..attn_processors.installer import apply, plan
 from . import checkpoint
 from .prompts import FramePrompts
+from .stream import has_motion
 
-__all__ = ["Schedule", "TextOfFrames", "in_float32", "kept_on_host", "upcast_vae"]
+__all__ = ["Schedule", "TextOfFrames", "device_of", "in_float32", "join_controlnet", "kept_on_host", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -26,6 +30,22 @@ class TextOfFrames:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return replaced(model, args, kwargs, encoder_hidden_states=self.text)
+
+
+@contextlib.contextmanager
+def join_controlnet(pipe: Any) -> Iterator[None]:
+    """For the length of a with block, a ControlNet in which frames meet has the attention between frames that the UNet has."""
+    if not has_motion(net := getattr(pipe, "controlnet", None)):
+        yield
+        return
+    context = context_of(pipe.unet)
+    assert context is not None, "films are made with attention of ours"
+    methods = [item.method for item in context.installations if isinstance(item.method, DualScopeAttnProcessor)]
+    handle = apply(plan(net, methods), pipe)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Schedule:
@@ -93,6 +113,11 @@ def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
     if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
         return []
     return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, also if it is offloaded."""
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
 
 
 @contextlib.contextmanager

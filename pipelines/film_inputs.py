@@ -2,6 +2,7 @@
 
 - *Conditioning frames* go to the ControlNet, which treats every picture on its own. A clip of them becomes numbers when it is
   needed.
+- A sparse ControlNet gets pictures for a few frames (`sparse_control`).
 - A film to start from (*video*) is encoded frame by frame; what is drawn for a frame depends on the seed and the frame alone.
 - The picture of an IP-Adapter is encoded once for all frames.
 - Perturbed-attention guidance has a weight and layers (`perturbed`).
@@ -24,11 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..attn_processors.comm import Span
-from .borrowing import in_float32
+from .borrowing import device_of, in_float32
 from .files import opened
 from .film_pictures import digest_of, pictures_of
 from .noise import generator
 from .recipe import Recipe
+from .sparse_control import SparseConditions
 from .stream import PerFrame
 from .videos import NUMBERS, Video
 
@@ -68,6 +70,12 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
     for word in wanted:
         if word not in given:
             raise ValueError(f"{name} needs {word}: give {NEEDED[word]}")
+    frames = video.controlnet_frame_indices
+    if "controlnet_frame_indices" in accepts:
+        frames = frames or tuple(accepts["controlnet_frame_indices"].default)
+        video = replace(video, controlnet_frame_indices=frames)
+    elif frames:
+        raise ValueError(f"{name} takes no controlnet_frame_indices, got {frames}; leave them out")
     pictures = {word: _digest(word, given[word], pipe, video) for word in wanted}
     for word, digest in video.pictures.items():
         if pictures[word] != digest:
@@ -104,12 +112,17 @@ def _numbers(
 
 
 def _digest(word: str, given: Any, pipe: Any, video: Video) -> str:
-    """SHA-256 of pictures, of which there must be one for every frame."""
+    """SHA-256 of pictures, of which there must be one for every frame, or for those that are named."""
     if word == "ip_adapter_image":
         return digest_of(word, [_one(word, given)])[1]
     found = [digest_of(word, row) for row in _rows(word, given, pipe)]
+    named = video.controlnet_frame_indices if word == "conditioning_frames" else ()
     for count, _ in found:
-        if count != video.frames:
+        if named and count != len(named):
+            raise ValueError(
+                f"{word} has {count} pictures, but controlnet_frame_indices names {len(named)} frames; give one for each"
+            )
+        if not named and count != video.frames:
             raise ValueError(
                 f"{word} has {count} pictures, but the film has {video.frames} frames; give one for every frame, or set "
                 f"Video(frames={count})"
@@ -174,13 +187,18 @@ class FilmInputs:
         """
         self.pipe, self.recipe, self.given, self.own = pipe, recipe, given, own
         self.accepts = inspect.signature(pipe.__call__).parameters
+        self.sparse: SparseConditions | None = None
+        if "controlnet_frame_indices" in self.accepts:
+            self.sparse = SparseConditions(pipe, recipe, given["conditioning_frames"], own)
 
     @torch.no_grad()
     def arguments(self) -> dict[str, Any]:
         """Of the pipeline's call."""
         pipe, video = self.pipe, self.recipe.video
         values = {"num_frames": self.own[1] - self.own[0]} | {word: getattr(video, word) for word in NUMBERS}
-        if "conditioning_frames" in self.accepts:
+        if self.sparse is not None:
+            values |= self.sparse.arguments()
+        elif "conditioning_frames" in self.accepts:
             rows = _rows("conditioning_frames", self.given["conditioning_frames"], pipe)
             fitted = [self._fitted("conditioning_frames", row, pipe.control_video_processor) for row in rows]
             values["conditioning_frames"] = fitted[0] if not hasattr(pipe.controlnet, "nets") else fitted
@@ -197,6 +215,8 @@ class FilmInputs:
         triples: list[tuple[Any, str, Any]] = [(part, "scale", [scale]) for part in adapters(self.pipe)]
         if "pag_scale" in self.accepts and self.recipe.video is not None:
             triples.append((self.pipe, "pag_applied_layers", list(self.recipe.video.pag_applied_layers)))
+        if self.sparse is not None:
+            triples += self.sparse.patches()
         for attribute in ("prepare_video", "prepare_conditioning_frames"):
             if hasattr(self.pipe, attribute):
                 triples.append((self.pipe, attribute, self._conditions))
@@ -221,7 +241,6 @@ class FilmInputs:
             return None
         pipe, vae = self.pipe, self.pipe.vae
         pictures = self._fitted("video", self.given["video"], pipe.video_processor)
-        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # if it is offloaded
         found = []
         with in_float32(vae) if vae.config.force_upcast else contextlib.nullcontext():
             for first in range(0, len(pictures), clip):
@@ -229,7 +248,7 @@ class FilmInputs:
                 x = pipe.video_processor.preprocess_video(part, self.recipe.height, self.recipe.width)[0].transpose(
                     0, 1
                 )
-                code = vae.encode(x.to(pipe.dtype).to(device, vae.dtype))
+                code = vae.encode(x.to(pipe.dtype).to(device_of(vae), vae.dtype))
                 low = self.own[0] + first
                 draws = [generator(self.recipe.seed, "source", i) for i in range(low, low + len(part))]
                 found.append(code.latent_dist.sample(draws) if hasattr(code, "latent_dist") else code.latents)

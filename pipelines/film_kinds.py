@@ -19,11 +19,6 @@ def check_makes_films(pipe: Any) -> None:
         raise ValueError(
             f"{name} makes no film; use an AnimateDiff pipeline such as AnimateDiffPipeline or AnimateDiffSDXLPipeline"
         )
-    if "controlnet_frame_indices" in accepts:
-        raise ValueError(
-            f"{name} makes no film yet: its ControlNet has motion modules of its own, which would see a part of the film "
-            "only; use AnimateDiffControlNetPipeline"
-        )
     check_perturbs(pipe)
     net = getattr(pipe, "controlnet", None)
     if net is not None and any(part.config.global_pool_conditions for part in getattr(net, "nets", [net])):

@@ -27,7 +27,7 @@ from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, kept_on_host
+from .borrowing import Schedule, TextOfFrames, join_controlnet, kept_on_host
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -93,7 +93,8 @@ def long_video(
         pipe: a loaded AnimateDiff pipeline, used in place of `recipe.model`; it is left as it was found.
         video: the film to start from, for video-to-video; `recipe.video.strength` says how much of it may change. A picture
             for every frame: a list of PIL pictures, an MP4, or a folder of picture files in the order of their names.
-        conditioning_frames: what the ControlNet follows, a picture for every frame; a list of these for several nets.
+        conditioning_frames: what the ControlNet follows, a picture for every frame; a list of these for several nets. For a
+            sparse one a picture for each of `recipe.video.controlnet_frame_indices`.
         ip_adapter_image: picture for the IP-Adapter that the UNet carries.
         clip: frames on the device at a time; changes memory and time, not the film.
         on_step: called in this thread after every denoising step (clips = 1), then after every written clip.
@@ -200,7 +201,11 @@ class _Making:
         """This rank's finished latents (1, C, f, H, W), and the frames of all ranks."""
         recipe, pipe, video = self.recipe, self.pipe, self.recipe.video
         assert video is not None and recipe.seed is not None
-        with attention_of(recipe, pipe), streamed(pipe, video.frames, clip=clip, comm=comm, cancel=self.cancel) as film:
+        with (
+            attention_of(recipe, pipe),
+            join_controlnet(pipe),
+            streamed(pipe, video.frames, clip=clip, comm=comm, cancel=self.cancel) as film,
+        ):
             self.film = Clip(self.control, film.parts)
             resumed = self._resumed()
             text, arguments = self._text(film.own)

@@ -58,7 +58,7 @@ def streamed(
 
     Args:
         target: an AnimateDiff pipeline or its UNet, with dual-scope attention on all temporal layers. A ControlNet of the
-            pipeline works on a clip at a time, too.
+            pipeline works on a clip at a time, too; one with motion modules needs the attention as well.
         frames: of the whole film.
         clip: frames on the device at a time; less takes less memory and more time.
         comm: the ranks; None = all of torch.distributed, or just this process.
@@ -77,24 +77,29 @@ def streamed(
     if frames < comm.size:
         raise ValueError(f"{frames} frames cannot be split over {comm.size} ranks; use at most {frames} of them.")
     film = Clip(comm, tuple(split_rows(frames, comm.size)))
-    (model,) = supported(target)
-    context = _ready(model)
-    family: Any = context.family
-    work = _Work(context, film, clip, cancel if comm.size == 1 else None)
+    models = supported(target)
+    net = getattr(target, "controlnet", None)
+    if has_motion(net):
+        models = [*models, net]
+    contexts = [_ready(model) for model in models]
     triples: list[tuple[nn.Module, str, Any]] = []
-    for part in family.framewise(model):
-        triples.append((part, "forward", _ClipWise(part, work)))
-    if isinstance(net := getattr(target, "controlnet", None), nn.Module):
-        triples.append((net, "forward", _NetClipWise(net, work)))
-    for name, part in family.motion_modules(model).items():
-        norm = _HeldNorm(part.norm)
-        triples += [(part.norm, "forward", norm), (part, "forward", _TileWise(part, name, norm, work))]
+    for context in contexts:
+        triples += _divided(_Work(context, film, clip, cancel if comm.size == 1 else None))
+    if isinstance(net, nn.Module) and not has_motion(net):
+        triples.append((net, "forward", _OwnClipWise(net, _Work(contexts[0], film, clip, None))))
     with patched(triples):
-        context.clip = film
+        for context in contexts:
+            context.clip = film
         try:
             yield film
         finally:
-            context.clip = context.rows = None
+            for context in contexts:
+                context.clip = context.rows = None
+
+
+def has_motion(net: Any) -> bool:
+    """Does this ControlNet have motion modules of its own, in which frames meet?"""
+    return isinstance(net, nn.Module) and any("motion_modules" in name for name, _ in net.named_modules())
 
 
 def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -> list[int]:
@@ -125,6 +130,21 @@ def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -
         + STATISTIC * batch * groups * rows_sent(rank, parts, whole)
         for rank in range(size)
     ]
+
+
+def _divided(work: _Work) -> list[tuple[nn.Module, str, Any]]:
+    """Triples for `patched` that divide one model."""
+    model, family = work.context.model, work.context.family
+    assert isinstance(family, VideoUNetFamily)
+    triples: list[tuple[nn.Module, str, Any]] = []
+    for part in family.framewise(model):
+        triples.append((part, "forward", _ClipWise(part, work)))
+    if isinstance(part := getattr(model, "controlnet_cond_embedding", None), nn.Module):
+        triples.append((part, "forward", _OwnClipWise(part, work)))  # has no rows for guidance
+    for name, part in family.motion_modules(model).items():
+        norm = _HeldNorm(part.norm)
+        triples += [(part.norm, "forward", norm), (part, "forward", _TileWise(part, name, norm, work))]
+    return triples
 
 
 class _Work:
@@ -184,8 +204,8 @@ class _ClipWise:
         return _like(out, iter(whole))
 
 
-class _NetClipWise(_ClipWise):
-    """Stands for the `forward` of a ControlNet, which treats every picture on its own and is called before the UNet."""
+class _OwnClipWise(_ClipWise):
+    """The same where the first argument says how many pictures there are, as of a ControlNet, which is called first."""
 
     def rows(self, args: tuple, kwargs: dict) -> int:
         return (args[0] if args else kwargs["sample"]).shape[0]

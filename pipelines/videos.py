@@ -39,6 +39,7 @@ class Video:
         blend: frames over which a prompt takes over from the one before; 0 = at once.
         strength: how much of the film it is made from may change, above 0 up to 1; for video-to-video.
         controlnet_conditioning_scale: how closely it follows its conditioning frames; for pipelines with a ControlNet.
+        controlnet_frame_indices: frames it has pictures for, where the ControlNet is a sparse one; empty: the pipeline's own.
         ip_adapter_scale: how much it takes from its picture; for UNets with an IP-Adapter.
         pag_scale: weight of perturbed-attention guidance; for pipelines with that.
         pag_applied_layers: where it perturbs, parts of names; empty: where the pipeline does.
@@ -57,6 +58,7 @@ class Video:
     blend: int = 0
     strength: float | None = None
     controlnet_conditioning_scale: float | None = None
+    controlnet_frame_indices: tuple[int, ...] = ()
     ip_adapter_scale: float | None = None
     pag_scale: float | None = None
     pag_applied_layers: tuple[str, ...] = ()
@@ -89,6 +91,13 @@ class Video:
                 object.__setattr__(self, name, float(value))
         if self.strength == 0:
             raise ValueError("strength is 0, which would leave the film as it was; give a number above 0 up to 1")
+        if not isinstance(self.controlnet_frame_indices, (tuple, list)):
+            raise TypeError(f"controlnet_frame_indices must be a list of frames, got {self.controlnet_frame_indices!r}")
+        for frame in self.controlnet_frame_indices:
+            check_number("frame with a picture", frame, int, 0, self.frames - 1)
+        if len(set(self.controlnet_frame_indices)) < len(self.controlnet_frame_indices):
+            raise ValueError(f"a frame has two pictures: got controlnet_frame_indices {self.controlnet_frame_indices}")
+        object.__setattr__(self, "controlnet_frame_indices", tuple(self.controlnet_frame_indices))
         if not isinstance(self.pag_applied_layers, (tuple, list)):
             raise TypeError(f"pag_applied_layers must be a list of names, got {self.pag_applied_layers!r}")
         for layer in self.pag_applied_layers:
