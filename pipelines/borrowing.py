@@ -88,7 +88,8 @@ class Schedule:
             clean, noise = (
                 x.transpose(1, 2) for x in (self.source.to(noise), noise)
             )  # as the stock pipeline: B, F, ...
-            return self.scheduler.add_noise(clean, noise, kwargs["timestep"]).transpose(1, 2)
+            noisy = self.scheduler.add_noise(clean, noise, kwargs["timestep"])
+            return noisy.contiguous().transpose(1, 2)  # as they come from a checkpoint: sums then round alike
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
