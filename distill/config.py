@@ -17,8 +17,9 @@ from typing import Any, Literal
 from ..pipelines.checks import check_number, complete_attention
 from ..pipelines.files import written_whole
 
-__all__ = ["DistillConfig"]
+__all__ = ["ENDLESS", "DistillConfig"]
 
+ENDLESS = 1_000_000  # steps, where whoever calls the trainer ends it by time
 FREE = ("steps", "micro_batch", "workers", "save_every", "keep", "log_every", "validate_every", "validation_prompts",
         "validation_steps", "trackers", "parallel", "data", "out", "model")  # may differ when a run goes on  # fmt: skip
 

@@ -27,6 +27,7 @@ from PIL import Image
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..distill import DistillConfig, distill, evaluate, load_linear, make_dataset
 from ..distill.comparison import closeness, step_flops
+from ..distill.config import ENDLESS
 from ..distill.data import own_size
 from ..distill.linear_folder import read_linear
 from ..distill.progress import TrainEvent
@@ -57,7 +58,6 @@ FORMS = (  # each grid token sees about 50 of the 256, or all of them in a linea
 )
 PAIRS = 8  # pairs of pictures that tell times
 LARGER = 4  # how many times the side at which operations are counted besides
-ENDLESS = 1_000_000  # steps, where time is what ends a training
 BATCH = 10  # pictures in a call
 
 

@@ -12,7 +12,11 @@ import torch
 from reattend.attn_processors import install
 from reattend.attn_processors.comm import Comm
 from reattend.bench import video
+from reattend.bench.measure import Run
 from reattend.pipelines.stream import streamed
+
+RANKED = {"frames": 64, "seconds_per_frame_and_step": 0.1, "sent": 10, "foretold": 12}
+PREDICTED = {"ranks": 2, "frames": 48, "sent_mb_by_the_busiest": 1.0, "seconds_per_step": 1.0, "efficiency": 0.5}
 
 
 @pytest.mark.slow
@@ -20,15 +24,36 @@ def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
     path = tmp_path / "video.json"
     result = video.run(quick=True, out=path, device="cpu")
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
-    assert [(row["arm"], row["frames"]) for row in result["films"]] == [
+    assert [(row["arm"], row["frames"]) for row in result["cases"]] == [
         ("ours", 17), ("FreeNoise", 17)
     ]  # fmt: skip
     assert [row["ranks"] for row in result["ranks"]] == [1, 2]
     assert result["ranks"][0]["sent"] == 0 and result["ranks"][1]["sent"] == result["ranks"][1]["foretold"] > 0
     printed = capsys.readouterr().out
-    assert "bytes sent equal bytes foretold: met (1.000)" in printed and "by less than 5 %: not measured" in printed
-    with pytest.raises(ValueError, match="minutes must be positive"):
-        video.run(minutes=0)
+    assert "bytes sent beyond or short of those foretold: 0 (goal: at most 0), met" in printed
+    assert "from 256 to 1,024 frames: not measured (goal: at most 0.05)" in printed
+    assert result["left_out"] == {}
+
+
+def test_films_that_were_not_measured_are_told_with_the_reason(monkeypatch, capsys):
+    def pretended(arm):
+        return lambda pipe, frames, device: video._told(arm, frames, Run(10.0, None)) | {"working_set_mib": frames}
+
+    monkeypatch.setattr(video, "build", lambda device: tiny.animatediff())
+    monkeypatch.setattr(video, "ours", pretended("ours"))
+    monkeypatch.setattr(video, "peer", pretended("FreeNoise"))
+    monkeypatch.setattr(video, "on_ranks", lambda ranks, frames: {**RANKED, "ranks": ranks})
+    monkeypatch.setattr(video, "predict", lambda ranks: PREDICTED)
+    result = video.run(minutes=60, device="cpu")
+    assert [(row["arm"], row["frames"]) for row in result["cases"]] == [
+        ("ours", 16), ("FreeNoise", 16), ("ours", 64), ("FreeNoise", 64), ("ours", 256), ("FreeNoise", 256), ("ours", 1024),
+    ]  # fmt: skip
+    assert result["left_out"] == {"FreeNoise, 1024 frames": "it holds all frames at once"}
+    growth, bytes_sent = result["goals"]
+    assert (growth["value"], growth["met"], bytes_sent["value"], bytes_sent["met"]) == (3.0, False, 4, False)
+    assert "FreeNoise, 1024 frames: left out, it holds all frames at once" in capsys.readouterr().out
+    hurried = video.run(minutes=2, device="cpu")
+    assert hurried["left_out"]["ours, 256 frames"] == "no time left" and hurried["goals"][0]["met"] is None
 
 
 def test_the_meter_sees_what_lives_at_once():

@@ -5,22 +5,18 @@ with random weights and one row, and its first self-attention layer alone, which
 stock, token merging as tomesd does it at the same ratio, and every phase of agent attention. The number that counts,
 "agent, averaged", weighs the phases by the part of the steps they cover.
 
-All arms run in every round, in alternating order, and are compared within the round: medians of 5 rounds, of 3 where a
-run takes over 20 seconds. Rounds that do not fit the time limit are left out, and the result says how many there were.
-Random weights are fine: no arm's work depends on the numbers.
+Medians are of 5 rounds, of 3 where a run takes over 20 seconds. Random weights are fine: no arm's work depends on the numbers.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json as json_text
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from statistics import median
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,15 +24,16 @@ from torch import Tensor, nn
 
 from ..attn_processors import AgentAttnProcessor, installed
 from ..attn_processors.context import context_of
-from ..pipelines.files import written_whole
-from .measure import Run, measured, surroundings
+from .frame import Conditions, Found, arms_grid, goal, page, run_benchmark
+from .measure import Run, measured
+from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "table"]
 
-ROUNDS, ROUNDS_IF_SLOW, SLOW_SECONDS = 5, 3, 20.0
 STOCK, TOMESD, AVERAGED = "stock", "tomesd", "agent, averaged"
 LATENT_FACTOR, TRAIN_STEPS = 8, 1000
 TOKENS_OF_TEXT = 77
+NAMES = {"layer": "first self-attention", "step": "UNet step"}
 GROWTH = {"layer": 16, "step": 8}  # at most, of the time when the sides of the picture double
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # and the defaults of UNet2DConditionModel
 TINY = {
@@ -50,77 +47,43 @@ TINY = {
 
 
 @dataclass
-class Case:
-    """One thing to time at one size, and the runs so far: arm -> one run per round."""
+class Case(Timed):
+    """One thing to time at one size; the next smaller size has half the pixels along a side."""
 
     what: str  # "layer" or "step"
     pixels: int
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-    round_seconds: float = 0.0  # of the last round
+    SLOW_SECONDS = 20.0
 
-    @property
-    def rounds(self) -> int:
-        return len(self.runs.get(STOCK, []))
+    def __str__(self) -> str:
+        return f"{NAMES[self.what]}, {self.pixels} pixels"
 
-    @property
-    def wanted(self) -> int:
-        slow = any(run.seconds > SLOW_SECONDS for runs in self.runs.values() for run in runs)
-        return ROUNDS_IF_SLOW if slow else ROUNDS
+    def guess(self, cases: Sequence[Case]) -> float:
+        half = next((case for case in cases if case.what == self.what and case.pixels * 2 == self.pixels), None)
+        return 0.0 if half is None else half.round_seconds * GROWTH[self.what]
 
 
-def run(
-    *,
-    minutes: float = 20.0,
-    quick: bool = False,
-    json: bool = False,
-    out: Path | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure, print a table (or with `json` one JSON object), and return what was measured.
-
-    Args:
-        minutes: time limit; rounds that would not fit are left out.
-        quick: a tiny UNet at tiny sizes: tries everything in seconds and says nothing about speed.
-        json: print JSON instead of the table.
-        out: JSON file to write as well.
-        device: "cpu", "cuda", ...; None takes CUDA if there is one.
-
-    Raises ValueError for a time limit that is not positive.
-    """
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
-    began = time.monotonic()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = Bench(random_unet(TINY if quick else SD15, where), AgentAttnProcessor(), where)
+def measure(conditions: Conditions) -> Found:
+    """The UNet and its first layer at growing sizes; a tiny UNet at tiny ones in a quick run."""
+    quick, place = conditions.quick, conditions.device
+    bench = Bench(random_unet(TINY if quick else SD15, place), AgentAttnProcessor(), place)
     small, large, huge = (64, 128, 256) if quick else (512, 1024, 2048)
-    cases = [Case("layer", small), Case("layer", large), Case("step", small), Case("step", large), Case("layer", huge)]
+    sizes = [("layer", small), ("layer", large), ("step", small), ("step", large), ("layer", huge)]
+    cases = [Case(*size, arms=bench.arms) for size in sizes]
     bench.warm_up(small)
-    for _ in range(1 if quick else ROUNDS):
-        for case in cases:
-            left = minutes * 60 - (time.monotonic() - began)
-            if case.rounds < case.wanted and expected_seconds(case, cases) <= left:
-                bench.round(case)
-    result = {
-        "benchmark": "agent",
-        "command": "reattend bench agent" + (" --quick" if quick else ""),
-        **surroundings(where),
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "settings": bench.method.settings() | {"schedule": [asdict(phase) for phase in bench.method.schedule]},
-        "left_out": bench.left_out(),
-        "cases": [_summary(case, bench) for case in cases],
-        "minutes": round((time.monotonic() - began) / 60, 2),
-    }
-    if not quick:
-        result["goals"] = _goals(result, bench)
-    if out is not None:
-        with written_whole(out) as (aside,):
-            aside.write_text(json_text.dumps(result, indent=2) + "\n")
-    print(json_text.dumps(result) if json else table(result))
-    return result
+    repeat(cases, bench.time, conditions)
+    for case in cases:
+        bench.average(case)
+    return Found(
+        bench.dtype,
+        cases=[_told(case) for case in cases],
+        goals=[] if quick else _goals({case.what: case for case in cases if case.pixels == 1024}, bench.phase_name(0)),
+        left_out=untimed(cases) | ({} if bench.has_tomesd else {TOMESD: "it is not installed: pip install tomesd"}),
+        more={"settings": bench.method.settings() | {"schedule": [asdict(phase) for phase in bench.method.schedule]}},
+    )
 
 
 class Bench:
-    """The model, the arms, and one round of all of them."""
+    """The model and the arms."""
 
     def __init__(self, unet: nn.Module, method: AgentAttnProcessor, device: torch.device):
         self.unet, self.method, self.device = unet, method, device
@@ -137,24 +100,22 @@ class Bench:
         """What the table calls a phase."""
         return f"agent, phase {index + 1} ({'agents' if self.method.schedule[index].agent_ratio else 'merging only'})"
 
-    def left_out(self) -> list[str]:
-        """Arms that could not run, with the reason."""
-        return [] if self.has_tomesd else ["tomesd is not installed: pip install tomesd"]
-
     def warm_up(self, pixels: int) -> None:
         """Load kernels and fill caches, so that the first round costs what the others do."""
         for arm in self.arms:
-            with self.applied(arm):
-                measured(self.work(Case("layer", pixels), arm), self.device)
+            self.time(Case("layer", pixels), arm)
 
-    def round(self, case: Case) -> None:
-        """Every arm once; every other round in reverse, so that drift of the machine hits all alike."""
-        start = time.monotonic()
-        for arm in self.arms if case.rounds % 2 == 0 else list(reversed(self.arms)):
-            with self.applied(arm):
-                run = measured(self.work(case, arm), self.device)
-            case.runs.setdefault(arm, []).append(run)
-        case.round_seconds = time.monotonic() - start
+    def time(self, case: Case, arm: str) -> Run:
+        """One run of an arm."""
+        with self.applied(arm):
+            return measured(self.work(case, arm), self.device)
+
+    def average(self, case: Case) -> None:
+        """Add the arm that weighs the phases of each round by the part of the steps they cover."""
+        rounds = zip(*(case.runs.get(name, []) for name in self.timesteps), strict=True)
+        averages = [sum(run.seconds * part for run, part in zip(row, self.shares, strict=True)) for row in rounds]
+        if averages:
+            case.runs[AVERAGED] = [Run(seconds, None) for seconds in averages]
 
     @contextmanager
     def applied(self, arm: str) -> Iterator[None]:
@@ -210,74 +171,25 @@ def random_unet(config: dict[str, Any], device: torch.device) -> nn.Module:
     return unet.half() if device.type == "cuda" else unet
 
 
-def expected_seconds(case: Case, cases: list[Case]) -> float:
-    """Seconds the next round will take at most: as the last one, or by its growth from the next smaller size."""
-    if case.rounds:
-        return case.round_seconds
-    half = next((other for other in cases if other.what == case.what and other.pixels * 2 == case.pixels), None)
-    return 0.0 if half is None else half.round_seconds * GROWTH[case.what]
+def _told(case: Case) -> dict[str, Any]:
+    about = {"what": case.what, "pixels": case.pixels}
+    return case.told(about, lambda arm: {"times_faster_than_stock": case.ratio(STOCK, arm)})
 
 
-def _summary(case: Case, bench: Bench) -> dict[str, Any]:
-    """Medians over rounds; ratios are medians of the ratios within a round."""
-    seconds = {arm: [run.seconds for run in runs] for arm, runs in case.runs.items()}
-    if case.rounds:
-        rounds = zip(*(seconds[name] for name in bench.timesteps), strict=True)
-        seconds[AVERAGED] = [sum(s * part for s, part in zip(row, bench.shares, strict=True)) for row in rounds]
-    arms = {}
-    for arm, times in seconds.items():
-        peaks = [run.peak_mib for run in case.runs.get(arm, []) if run.peak_mib is not None]
-        arms[arm] = {
-            "seconds": median(times),
-            "times_faster_than_stock": median(s / t for s, t in zip(seconds[STOCK], times, strict=True)),
-            "peak_mib": median(peaks) if peaks else None,
-            "all_seconds": times,
-        }
-    return {"what": case.what, "pixels": case.pixels, "rounds": case.rounds, "arms": arms}
-
-
-def _goals(result: dict[str, Any], bench: Bench) -> list[dict[str, Any]]:
-    """What the project wants of these numbers on a CPU at 1024 pixels; value None = not measured."""
-    arms = {case["what"]: case["arms"] for case in result["cases"] if case["pixels"] == 1024}
-
-    def faster(what: str, arm: str) -> float | None:
-        return arms[what].get(arm, {}).get("times_faster_than_stock")
-
-    ours, theirs = arms["step"].get(AVERAGED), arms["step"].get(TOMESD)
-    paired = [b / a for a, b in zip(ours["all_seconds"], theirs["all_seconds"], strict=True)] if ours and theirs else []
-    wanted = [
-        ("step, averaged: times faster than stock", faster("step", AVERAGED), 1.35),
-        ("step, averaged: times faster than tomesd", median(paired) if paired else None, 1.0),
-        ("layer, first phase: times faster than stock", faster("layer", bench.phase_name(0)), 4.0),
-    ]
+def _goals(cases: dict[str, Case], first_phase: str) -> list[dict[str, Any]]:
+    """What the project wants on a CPU at 1024 pixels; `cases` are those, by what they time."""
+    step, layer = cases["step"], cases["layer"]
     return [
-        {"goal": goal, "value": value, "at_least": least, "met": None if value is None else value >= least}
-        for goal, value, least in wanted
+        goal("step, averaged: times faster than stock", step.ratio(STOCK, AVERAGED), "at_least", 1.35),
+        goal("step, averaged: times faster than tomesd", step.ratio(TOMESD, AVERAGED), "at_least", 1.0),
+        goal("layer, first phase: times faster than stock", layer.ratio(STOCK, first_phase), "at_least", 4.0),
     ]
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people, as a Markdown table."""
-    lines = [
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch {result['versions']['torch']}, "
-        f"diffusers {result['versions']['diffusers']}, tomesd {result['versions']['tomesd']}; "
-        f"`{result['command']}`, {result['minutes']} minutes",
-        "",
-        "| | pixels | arm | seconds | times faster | extra memory at peak, MiB | rounds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in result["cases"]:
-        what = {"layer": "first self-attention", "step": "UNet step"}[case["what"]]
-        for arm, row in case["arms"].items():
-            peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            speed = f"{row['times_faster_than_stock']:.2f}"
-            lines.append(
-                f"| {what} | {case['pixels']} | {arm} | {row['seconds']:.3g} | {speed} | {peak} | {case['rounds']} |"
-            )
-        if not case["rounds"]:
-            lines.append(f"| {what} | {case['pixels']} | no time left | – | – | – | 0 |")
-    for goal in result.get("goals", []):
-        value = "not measured" if goal["value"] is None else f"{goal['value']:.2f}"
-        verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-        lines.append(f"{goal['goal']}: {value} (goal {goal['at_least']:g}) {verdict}")
-    return "\n".join([*lines, *result["left_out"]])
+    about: dict[str, Any] = {"": lambda case: NAMES[case["what"]], "pixels": itemgetter("pixels")}
+    return page(result, arms_grid(result["cases"], about, {"times faster": ("times_faster_than_stock", ".2f")}))
+
+
+run = partial(run_benchmark, "agent", measure, table)

@@ -1,9 +1,8 @@
 """How much faster is local attention? The operator against dense attention, a full-width block of FLUX, all of tiny-flux.
 
 Arms: dense fused attention, our `halo` backend, and torch's block-sparse kernel twice: on blocks of tokens in row-major
-order, as the program published with CLEAR orders them, and on our tiles. Every case is measured in rounds in which all
-arms run one after the other, every other round in reverse; ratios are taken within a round and the median is told.
-Compiling a block-sparse kernel takes much longer than running it, so on a CPU those arms run at two sizes only.
+order, as the program published with CLEAR orders them, and on our tiles. Compiling a block-sparse kernel takes much
+longer than running it, so on a CPU those arms run at two sizes only.
 
 Besides the times: operations per token over picture sizes, which tell whether the cost is linear on any machine. Results
 that are kept are in `results`; `show` makes the table of the README from one.
@@ -12,11 +11,10 @@ that are kept are in `results`; `show` makes the table of the README from one.
 from __future__ import annotations
 
 import json as json_text
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,14 +26,14 @@ from ..attn_processors.ops.layout import TokenLayout
 from ..attn_processors.ops.local import local_attention, sdpa
 from ..attn_processors.ops.patterns import Disc
 from ..attn_processors.ops.pool import Pool
-from ..pipelines.files import written_whole
 from ..pipelines.load import bundled, load
 from .clear_table import short_table, table
-from .measure import Run, measured, surroundings
+from .frame import Conditions, Found, goal, run_benchmark
+from .measure import Run, measured
+from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "short_table", "show", "table"]
 
-ROUNDS, ROUNDS_IF_SLOW, SLOW_SECONDS = 5, 3, 10.0
 DENSE, HALO, ROWS, TILES = "dense", "halo", "flex, row-major", "flex, tiles"
 TEXT = 512  # global tokens in every case
 WHOLE = "tiny-flux"  # the bundled model: text to picture, STEPS steps
@@ -56,25 +54,22 @@ class Arm:
 
 
 @dataclass
-class Case:
-    """One thing to time, and the runs so far: arm -> one run per round."""
+class Case(Timed):
+    """One thing to time; its arms are of `Arm`, the first is dense."""
 
     what: str  # "operator", "FLUX block" or WHOLE
     side: int  # of the square token grid
     heads: int
     width: int  # of a head
-    arms: tuple[Arm, ...]
-    runs: dict[Arm, list[Run]] = field(default_factory=dict)
     dropped: dict[Arm, str] = field(default_factory=dict)  # why it did not run
+    SLOW_SECONDS = 10.0
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.tokens} tokens, {self.heads} x {self.width}"
 
     @property
     def tokens(self) -> int:
         return self.side**2
-
-    @property
-    def wanted(self) -> int:
-        slow = any(run.seconds > SLOW_SECONDS for runs in self.runs.values() for run in runs)
-        return ROUNDS_IF_SLOW if slow else ROUNDS
 
 
 def cases_for(device: torch.device, quick: bool) -> list[Case]:
@@ -86,17 +81,17 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
         return (Arm(DENSE), *(Arm(HALO, radius) for radius in radii), *sparse)
 
     if quick:
-        return [Case("operator", 16, 2, 16, arms(radii=(4,))), Case("FLUX block", 8, 2, 16, arms(radii=(4,)))]
+        return [Case("operator", 16, 2, 16, arms=arms(radii=(4,))), Case("FLUX block", 8, 2, 16, arms=arms(radii=(4,)))]
     cases = [
-        Case("operator", 64, 4, 64, arms()),
-        Case("operator", 64, 24, 128, arms()),
-        Case("operator", 128, 4, 64, arms(blocks=(8, 16))),
-        Case("operator", 256, 24 if cuda else 1, 128, arms()),
-        Case("FLUX block", 64, 24, 128, arms(radii=(16,))),
+        Case("operator", 64, 4, 64, arms=arms()),
+        Case("operator", 64, 24, 128, arms=arms()),
+        Case("operator", 128, 4, 64, arms=arms(blocks=(8, 16))),
+        Case("operator", 256, 24 if cuda else 1, 128, arms=arms()),
+        Case("FLUX block", 64, 24, 128, arms=arms(radii=(16,))),
     ]
     if cuda:
-        cases += [Case("operator", side, 24, 128, arms()) for side in (128, 512)]
-        cases += [Case("FLUX block", 128, 24, 128, arms(radii=(16,)))]
+        cases += [Case("operator", side, 24, 128, arms=arms()) for side in (128, 512)]
+        cases += [Case("FLUX block", 128, 24, 128, arms=arms(radii=(16,)))]
     return cases + _whole_cases()
 
 
@@ -107,7 +102,7 @@ def _whole_cases() -> list[Case]:
     config = json_text.loads((bundled()[WHOLE] / "transformer" / "config.json").read_text())
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     arms = (Arm(DENSE), Arm(HALO, 8), Arm(HALO, 16))
-    return [Case(WHOLE, side, heads, width, arms) for side in (16, 64)]
+    return [Case(WHOLE, side, heads, width, arms=arms) for side in (16, 64)]
 
 
 def _left_out(quick: bool) -> dict[str, str]:
@@ -117,56 +112,19 @@ def _left_out(quick: bool) -> dict[str, str]:
     return {WHOLE: "a quick run has no time for it"} if quick else {}
 
 
-def run(
-    *,
-    minutes: float = 15.0,
-    quick: bool = False,
-    json: bool = False,
-    out: Path | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure, print a table (or with `json` one JSON object), and return what was measured.
-
-    Args:
-        minutes: time limit; rounds that would not fit are left out.
-        quick: tiny sizes: tries everything in seconds and says nothing about speed.
-        json: print JSON instead of the table.
-        out: JSON file to write as well.
-        device: "cpu", "cuda", ...; None takes CUDA if there is one.
-
-    Raises ValueError for a time limit that is not positive.
-    """
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 15.")
-    began = time.monotonic()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    cases = cases_for(where, quick)
-    costs: dict[int, float] = {}
-    for turn in range(1 if quick else ROUNDS):
-        for index, case in enumerate(cases):
-            left = minutes * 60 - (time.monotonic() - began)
-            if turn < case.wanted and costs.get(index, 0.0) <= left:
-                start = time.monotonic()
-                measure_round(case, where, dtype, turn)
-                costs[index] = time.monotonic() - start
-    result = {
-        "benchmark": "clear",
-        "command": "reattend bench clear" + (" --quick" if quick else ""),
-        **surroundings(where),
-        "dtype": str(dtype).removeprefix("torch."),
-        "cases": [_summary(case) for case in cases],
-        "left_out": _left_out(quick),
-        "flops_per_token": flops_per_token(),
-        "minutes": round((time.monotonic() - began) / 60, 2),
-    }
-    if not quick and where.type == "cpu":
-        result["goals"] = _goals(cases)
-    if out is not None:
-        with written_whole(out) as (aside,):
-            aside.write_text(json_text.dumps(result, indent=2) + "\n")
-    print(json_text.dumps(result) if json else table(result))
-    return result
+def measure(conditions: Conditions) -> Found:
+    """All cases of this device; there are goals for a CPU only."""
+    device, quick = conditions.device, conditions.quick
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cases = cases_for(device, quick)
+    repeat(cases, partial(time_arm, device=device, dtype=dtype), conditions)
+    return Found(
+        dtype,
+        cases=[_told(case) for case in cases],
+        goals=[] if quick or device.type != "cpu" else _goals(cases),
+        left_out=_left_out(quick) | untimed([case for case in cases if not case.dropped]),
+        more={"flops_per_token": flops_per_token()},
+    )
 
 
 def show(file: Path) -> str:
@@ -187,23 +145,23 @@ def show(file: Path) -> str:
         ) from None
 
 
-def measure_round(case: Case, device: torch.device, dtype: torch.dtype, turn: int) -> None:
-    """Every arm once; the first round also warms up, and every other one goes in reverse."""
-    for arm in case.arms if turn % 2 == 0 else reversed(case.arms):
-        if arm in case.dropped:
-            continue
-        try:
-            make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
-            work = make(case, arm, device, dtype)
-            if turn == 0 and arm.kind != DENSE:
-                measured(work, device)  # compiles, fills caches
-            case.runs.setdefault(arm, []).append(measured(work, device))
-        except torch.cuda.OutOfMemoryError:
-            case.dropped[arm] = "out of memory"
-        except Exception as problem:
-            if arm.kind not in (ROWS, TILES):
-                raise
-            case.dropped[arm] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120]}"
+def time_arm(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> Run | None:
+    """One run of an arm, after one that is not counted the first time; None, and why in `case.dropped`, if it cannot."""
+    if arm in case.dropped:
+        return None
+    try:
+        make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
+        work = make(case, arm, device, dtype)
+        if arm not in case.runs and arm.kind != DENSE:
+            measured(work, device)  # compiles, fills caches
+        return measured(work, device)
+    except torch.cuda.OutOfMemoryError:
+        case.dropped[arm] = "out of memory"
+    except Exception as problem:
+        if arm.kind not in (ROWS, TILES):
+            raise
+        case.dropped[arm] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120]}"
+    return None
 
 
 def op_work(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
@@ -309,35 +267,20 @@ def flops_per_token() -> list[dict[str, Any]]:
     return rows
 
 
-def _summary(case: Case) -> dict[str, Any]:
-    dense = [run.seconds for run in case.runs.get(Arm(DENSE), [])]
-    arms = {}
-    for arm, runs in case.runs.items():
-        times, peaks = [run.seconds for run in runs], [run.peak_mib for run in runs if run.peak_mib is not None]
-        ratios = [a / b for a, b in zip(dense, times, strict=False)]
-        arms[str(arm)] = {
-            "seconds": median(times),
-            "times_faster_than_dense": median(ratios) if ratios else None,
-            "peak_mib": median(peaks) if peaks else None,
-            "all_seconds": times,
-        }
-    sizes = {"tokens": case.tokens, "heads": case.heads, "head_width": case.width}
-    left_out = {str(arm): why for arm, why in case.dropped.items()}
-    return {"what": case.what, **sizes, "rounds": len(dense), "arms": arms, "left_out": left_out}
+def _told(case: Case) -> dict[str, Any]:
+    about = {"what": case.what, "tokens": case.tokens, "heads": case.heads, "head_width": case.width}
+    told = case.told(about, lambda arm: {"times_faster_than_dense": case.ratio(Arm(DENSE), arm)})
+    return told | {"left_out": {str(arm): why for arm, why in case.dropped.items()}}
 
 
 def _goals(cases: list[Case]) -> list[dict[str, Any]]:
-    """The floors on a CPU; value None = not measured."""
+    """The floors on a CPU."""
     goals = []
     for (tokens, heads, width, radius), floor in FLOORS.items():
         case = next(case for case in cases if (case.tokens, case.heads, case.width) == (tokens, heads, width))
-        value = _summary(case)["arms"].get(str(Arm(HALO, radius)), {}).get("times_faster_than_dense")
-        goals.append(
-            {
-                "goal": f"{tokens} tokens, {heads} x {width}, radius {radius}: halo times faster than dense",
-                "value": value,
-                "at_least": floor,
-                "met": None if value is None else value >= floor,
-            }
-        )
+        what = f"{tokens} tokens, {heads} x {width}, radius {radius}: halo times faster than dense"
+        goals.append(goal(what, case.ratio(Arm(DENSE), Arm(HALO, radius)), "at_least", floor))
     return goals
+
+
+run = partial(run_benchmark, "clear", measure, table)

@@ -1,19 +1,19 @@
 """What does one model in two roles save, and what does it cost? A training step against that of a plain two-model recipe.
 
 Arms: `one model` is the trainer's own (`distill.roles`); `two models` holds the teacher beside a whole student, with the
-same attention, losses and AdamW. Both take the same steps on the architecture of tiny-flux with random weights, in rounds in
-which the order changes; ratios are taken within a round and the median is told. State is counted: weights, gradients, moments.
+same attention, losses and AdamW. Both take the same steps on the architecture of tiny-flux with random weights. State is
+counted: weights, gradients, moments.
 """
 
 from __future__ import annotations
 
 import copy
-import json as json_text
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from ..attn_processors import ClearAttnProcessor, install
 from ..distill.losses import matched_layers, student_losses
 from ..distill.roles import TwoRoles
-from ..pipelines.files import written_whole
-from .measure import Run, measured, surroundings
+from .frame import Conditions, Found, arms_grid, goal, page, run_benchmark
+from .measure import Run, measured
+from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "table"]
 
 ONE, TWO = "one model", "two models"
-ROUNDS = 15  # of one step of each arm, so that a slow moment hits one pair only
 TEXT, BATCH, SIDE = 64, 4, 16  # text tokens, samples, tokens along a side
 SPEED, STATE = 0.97, 0.7  # goals: at least, at most (the latter at FLUX size)
 RADIUS = 4.0
@@ -100,10 +100,20 @@ class TwoModels:
                 hook.remove()
 
 
-def run(*, minutes: float = 20.0, quick: bool = False, json: bool = False, out: Path | None = None,
-        device: str | None = None) -> dict[str, Any]:  # fmt: skip
-    """Measure, print, and write the JSON to `out`."""
-    began, place = time.monotonic(), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+@dataclass
+class Case(Timed):
+    """A training step of a model."""
+
+    model: str
+    ROUNDS = 15  # of one step of each arm, so that a slow moment hits one pair only
+
+    def __str__(self) -> str:
+        return f"training step of {self.model}"
+
+
+def measure(conditions: Conditions) -> Found:
+    """Both arms from the same weights on the same inputs."""
+    place, quick = conditions.device, conditions.quick
     model = _model(quick).to(place)
     made = {ONE: OneModel, TWO: TwoModels}
     arms: dict[str, Any] = {name: kind(copy.deepcopy(model), "every:4") for name, kind in made.items()}
@@ -111,58 +121,37 @@ def run(*, minutes: float = 20.0, quick: bool = False, json: bool = False, out: 
     inputs, target = _inputs(model, place, quick)
     losses: dict[str, list[float]] = {name: [] for name in arms}
 
-    def work(name: str) -> Callable[[], None]:
-        def step() -> None:
-            with torch.enable_grad():
-                losses[name].append(float(arms[name].step(inputs, target)))
-                optimizers[name].step()
-                optimizers[name].zero_grad()
+    def step(name: str) -> None:
+        with torch.enable_grad():
+            losses[name].append(float(arms[name].step(inputs, target)))
+            optimizers[name].step()
+            optimizers[name].zero_grad()
 
-        return step
+    def time(_: Case, name: str) -> Run:
+        return measured(lambda: step(name), place)
 
     for name in arms:
-        work(name)()  # warm up
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
-    for number in range(1 if quick else ROUNDS):
-        if number and (time.monotonic() - began) * (number + 1) / number > 60 * minutes:
-            break
-        for name in list(arms)[:: 1 if number % 2 == 0 else -1]:
-            runs[name].append(measured(work(name), place))
-    result: dict[str, Any] = {
-        "bench": "distill",
-        **surroundings(place),
-        "dtype": "float32",
-        "model": f"{_millions(model.parameters())} M parameters, {_millions(arms[ONE].trained)} M trained",
-        "rounds": len(runs[ONE]),
-        "arms": {name: _summary(name, arms[name], runs) for name in arms},
-        "same_losses": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
-    }
-    if not quick:
-        result["goals"] = _goals(result)
-    if out is not None:
-        with written_whole(out) as (aside,):
-            aside.write_text(json_text.dumps(result, indent=2) + "\n")
-    print(json_text.dumps(result) if json else table(result))
-    return result
+        step(name)  # warm up
+    trained = f"{_millions(model.parameters())} M parameters, {_millions(arms[ONE].trained)} M trained"
+    case = Case(trained, arms=list(arms))
+    repeat([case], time, conditions)
+    return Found(
+        torch.float32,
+        cases=[case.told({"model": trained}, lambda name: _told(case, name, arms[name]))],
+        goals=[] if quick else _goals(case),
+        left_out=untimed([case]),
+        more={"same_losses": max(abs(a - b) for a, b in zip(*losses.values(), strict=True))},
+    )
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people, as a Markdown table."""
-    lines = [
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch {result['versions']['torch']}, "
-        f"{result['model']}, {result['rounds']} rounds",
-        "",
-        "| | seconds a step | speed against two models | weights, gradients, moments, MiB | of two models | extra at peak, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in result["arms"].items():
-        peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(
-            f"| {name} | {row['seconds']:.3g} | {row['speed']:.3f} | {row['state_mib']:.1f} | {row['state_ratio']:.2f} | {peak} |"
-        )
-    for goal in result.get("goals", []):
-        lines.append(f"{goal['goal']}: {goal['value']:.3f} {'' if goal['met'] else 'MISSED'}")
-    return "\n".join(lines)
+    numbers = {
+        "speed against two models": ("speed", ".3f"),
+        "weights, gradients, moments, MiB": ("state_mib", ".1f"),
+        "of two models": ("state_ratio", ".2f"),
+    }
+    return page(result, arms_grid(result["cases"], {"model": itemgetter("model")}, numbers))
 
 
 def _millions(parameters: Iterable[nn.Parameter]) -> str:
@@ -205,19 +194,9 @@ def state_bytes(models: list[nn.Module], trained: list[nn.Parameter]) -> int:
     return sum(weights.values()) + 3 * sum(p.nbytes for p in trained)
 
 
-def _summary(name: str, arm: Any, runs: dict[str, list[Run]]) -> dict[str, Any]:
-    times = [run.seconds for run in runs[name]]
-    speeds = [b.seconds / a.seconds for a, b in zip(runs[name], runs[TWO], strict=True)]
-    peaks = [run.peak_mib for run in runs[name] if run.peak_mib is not None]
+def _told(case: Case, name: str, arm: Any) -> dict[str, Any]:
     state, plain = state_bytes(arm.models, arm.trained), _plain_state(arm)
-    return {
-        "seconds": median(times),
-        "speed": median(speeds),
-        "state_mib": state / 2**20,
-        "state_ratio": state / plain,
-        "peak_mib": median(peaks) if peaks else None,
-        "all_seconds": times,
-    }
+    return {"speed": case.ratio(TWO, name), "state_mib": state / 2**20, "state_ratio": state / plain}
 
 
 def _plain_state(arm: Any) -> int:
@@ -228,14 +207,16 @@ def _plain_state(arm: Any) -> int:
     return 2 * sum(frozen.values()) + 3 * sum(p.nbytes for p in arm.trained)
 
 
-def _goals(result: dict[str, Any]) -> list[dict[str, Any]]:
+def _goals(case: Case) -> list[dict[str, Any]]:
     """What the project wants: about the same speed, and much less state at FLUX size."""
     from ..distill.config import DistillConfig
     from ..distill.plan import memory_plan
 
     flux = DistillConfig(model="black-forest-labs/FLUX.1-dev", data=Path("-"), precision="bfloat16", checkpointing=True)
-    speed, ratio = result["arms"][ONE]["speed"], memory_plan(flux).ratio
     return [
-        {"goal": f"speed of {ONE} against {TWO}, at least {SPEED}", "value": speed, "met": speed >= SPEED},
-        {"goal": f"state at FLUX size against {TWO}, at most {STATE}", "value": ratio, "met": ratio <= STATE},
+        goal(f"speed of {ONE} against {TWO}", case.ratio(TWO, ONE), "at_least", SPEED),
+        goal(f"state at FLUX size against {TWO}", memory_plan(flux).ratio, "at_most", STATE),
     ]
+
+
+run = partial(run_benchmark, "distill", measure, table)

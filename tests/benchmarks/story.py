@@ -5,35 +5,29 @@ in a box of its own. The arms are stock, stock once more (the noise of the measu
 subjects, and what a story does with two subjects: their references as further rows of the call, references that only the
 guided rows see, and a share of the subjects' own text. References are two more pictures in the call, so that arm is
 compared with the stock panel (what a story costs) and with stock on as many rows (what our attention costs).
-
-All arms run in every round, in alternating order, and are compared within the round: medians over the rounds. Rounds
-that do not fit the time limit are left out, and the result says how many there were.
 """
 
 from __future__ import annotations
 
-import json as json_text
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from statistics import median
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..attn_processors import IsolationRepositionAttnProcessor, Place, installed
-from ..pipelines.files import written_whole
 from ..pipelines.stories import USUAL, USUAL_UNET
 from .agent import LATENT_FACTOR, SD15, TINY, TOKENS_OF_TEXT, random_unet
-from .measure import Run, measured, surroundings
+from .frame import Conditions, Found, arms_grid, goal, page, run_benchmark
+from .measure import Run, measured
+from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "table"]
 
-ROUNDS = 7
 STOCK, AGAIN, STOCK_ROWS = "stock", "stock again", "stock, 3 pictures"
 ISOLATION_2, ISOLATION_3, STORY = "isolation, 2 subjects", "isolation, 3 subjects", "story, 2 subjects"
 PICTURES = {STOCK: 1, AGAIN: 1, STOCK_ROWS: 3, ISOLATION_2: 1, ISOLATION_3: 1, STORY: 3}
@@ -43,67 +37,38 @@ MOST_OVERHEAD = 0.15  # of isolation alone, what the project wants
 
 
 @dataclass
-class Case:
-    """One size of the picture, and the runs so far: arm -> one run per round."""
+class Case(Timed):
+    """One size of the picture."""
 
     pixels: int
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-    round_seconds: float = 0.0  # of the last round
+    ROUNDS = 7
 
-    @property
-    def rounds(self) -> int:
-        return len(self.runs.get(STOCK, []))
+    def __str__(self) -> str:
+        return f"{self.pixels} pixels"
+
+    def guess(self, cases: Sequence[Case]) -> float:
+        """From a smaller size: attention grows with the fourth power of the side."""
+        done = [case for case in cases if case.round_seconds and case.pixels < self.pixels]
+        return max((case.round_seconds * (self.pixels / case.pixels) ** 4 for case in done), default=0.0)
+
+    def overhead(self, arm: str, base: str) -> float | None:
+        """What an arm takes beyond another, as a part of it."""
+        ratio = self.ratio(arm, base)
+        return None if ratio is None else ratio - 1
 
 
-def run(
-    *,
-    minutes: float = 20.0,
-    quick: bool = False,
-    json: bool = False,
-    out: Path | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure, print a table (or with `json` one JSON object), and return what was measured.
-
-    Args:
-        minutes: time limit; rounds that would not fit are left out.
-        quick: a tiny UNet at a tiny size: tries everything in seconds and says nothing about speed.
-        json: print JSON instead of the table.
-        out: JSON file to write as well.
-        device: "cpu", "cuda", ...; None takes CUDA if there is one.
-
-    Raises ValueError for a time limit that is not positive.
-    """
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
-    began = time.monotonic()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = Bench(random_unet(TINY if quick else SD15, where), where)
-    cases = [Case(64)] if quick else [Case(512), Case(768)]
-    for i in range(1 if quick else ROUNDS):
-        for case in cases:
-            left = minutes * 60 - (time.monotonic() - began)
-            if (case.round_seconds or _likely(case, cases)) <= left:
-                bench.round(case, i)
-    result = {
-        "benchmark": "story",
-        "command": "reattend bench story" + (" --quick" if quick else ""),
-        **surroundings(where),
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "cases": [_summary(case) for case in cases],
-        "minutes": round((time.monotonic() - began) / 60, 2),
-    }
-    if not quick:
-        result["goals"] = _goals(result)
-    if out is not None:
-        with written_whole(out) as (aside,):
-            aside.write_text(json_text.dumps(result, indent=2) + "\n")
-    print(json_text.dumps(result) if json else table(result))
-    return result
+def measure(conditions: Conditions) -> Found:
+    """A step at two sizes; of a tiny UNet at a tiny size in a quick run."""
+    quick, place = conditions.quick, conditions.device
+    bench = Bench(random_unet(TINY if quick else SD15, place), place)
+    cases = [Case(pixels, arms=list(PICTURES)) for pixels in ((64,) if quick else (512, 768))]
+    repeat(cases, bench.time, conditions)
+    told, goals = [_told(case) for case in cases], [] if quick else _goals(cases)
+    return Found(bench.dtype, cases=told, goals=goals, left_out=untimed(cases))
 
 
 class Bench:
-    """The model, the arms, and one round of all of them."""
+    """The model and the arms."""
 
     def __init__(self, unet: nn.Module, device: torch.device):
         self.unet, self.device = unet, device
@@ -122,17 +87,13 @@ class Bench:
             {**USUAL, **USUAL_UNET, "panels": (panel,), "references": references}
         )
 
-    def round(self, case: Case, number: int) -> None:
-        """Every arm once, each after a call that is not timed; every other round in reverse."""
-        start = time.monotonic()
-        for arm in PICTURES if number % 2 == 0 else reversed(PICTURES):
-            method = self.method(arm)
-            with nullcontext() if method is None else installed(self.unet, method):
-                step = self.step(case, arm)
-                measured(partial(step, 800.0), self.device)  # finds who is where, once for all steps
-                result = measured(partial(step, 600.0), self.device)
-            case.runs.setdefault(arm, []).append(result)
-        case.round_seconds = time.monotonic() - start
+    def time(self, case: Case, arm: str) -> Run:
+        """One run of an arm, after a call that is not timed."""
+        method = self.method(arm)
+        with nullcontext() if method is None else installed(self.unet, method):
+            step = self.step(case, arm)
+            measured(partial(step, 800.0), self.device)  # finds who is where, once for all steps
+            return measured(partial(step, 600.0), self.device)
 
     def step(self, case: Case, arm: str) -> Callable[[float], Any]:
         """A call of the UNet at a timestep."""
@@ -144,66 +105,26 @@ class Bench:
         return lambda t: self.unet(latents, t, text)
 
 
-def _likely(case: Case, cases: list[Case]) -> float:
-    """Seconds of a first round, from that of a smaller size: attention grows with the fourth power of the side."""
-    done = [other for other in cases if other.round_seconds and other.pixels < case.pixels]
-    return max((other.round_seconds * (case.pixels / other.pixels) ** 4 for other in done), default=0.0)
+def _told(case: Case) -> dict[str, Any]:
+    def overheads(arm: str) -> dict[str, Any]:
+        beside = case.overhead(arm, BESIDE[arm]) if arm in BESIDE else None
+        return {"over_stock": case.overhead(arm, STOCK), "over_as_many_rows": beside}
+
+    return case.told({"pixels": case.pixels}, overheads)
 
 
-def _summary(case: Case) -> dict[str, Any]:
-    """Medians over rounds; an overhead is the median of the overheads within a round."""
-    seconds = {arm: [run.seconds for run in runs] for arm, runs in case.runs.items()}
-
-    def over(arm: str, base: str) -> float:
-        return median(mine / other - 1 for mine, other in zip(seconds[arm], seconds[base], strict=True))
-
-    arms = {}
-    for arm in PICTURES if case.rounds else ():
-        peaks = [run.peak_mib for run in case.runs[arm] if run.peak_mib is not None]
-        arms[arm] = {
-            "seconds": median(seconds[arm]),
-            "over_stock": over(arm, STOCK),
-            "over_as_many_rows": over(arm, BESIDE[arm]) if arm in BESIDE else None,
-            "peak_mib": median(peaks) if peaks else None,
-            "all_seconds": seconds[arm],
-        }
-    return {"pixels": case.pixels, "rounds": case.rounds, "arms": arms}
-
-
-def _goals(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the project wants of these numbers; value None = not measured."""
-    goals = []
-    for arm in (ISOLATION_2, ISOLATION_3):
-        for case in result["cases"]:
-            value = case["arms"].get(arm, {}).get("over_stock")
-            goals.append({
-                "goal": f"{arm} at {case['pixels']} pixels: overhead of a step", "value": value, "at_most": MOST_OVERHEAD,
-                "met": None if value is None else value <= MOST_OVERHEAD,
-            })  # fmt: skip
-    return goals
+def _goals(cases: list[Case]) -> list[dict[str, Any]]:
+    """What the project wants of these numbers."""
+    return [
+        goal(f"{arm} at {case.pixels} pixels: overhead of a step", case.overhead(arm, STOCK), "at_most", MOST_OVERHEAD)
+        for arm in (ISOLATION_2, ISOLATION_3) for case in cases
+    ]  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people, as a Markdown table."""
-    lines = [
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, torch {result['versions']['torch']}, "
-        f"diffusers {result['versions']['diffusers']}; `{result['command']}`, {result['minutes']} minutes",
-        "",
-        "| pixels | arm | seconds a step | over stock | over stock on as many rows | extra memory at peak, MiB | rounds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in result["cases"]:
-        for arm, row in case["arms"].items():
-            peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            beside = "–" if row["over_as_many_rows"] is None else f"{row['over_as_many_rows']:+.1%}"
-            lines.append(
-                f"| {case['pixels']} | {arm} | {row['seconds']:.3g} | {row['over_stock']:+.1%} | {beside} | {peak} | "
-                f"{case['rounds']} |"
-            )
-        if not case["rounds"]:
-            lines.append(f"| {case['pixels']} | no time left | – | – | – | – | 0 |")
-    for goal in result.get("goals", []):
-        value = "not measured" if goal["value"] is None else f"{goal['value']:+.1%}"
-        verdict = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-        lines.append(f"{goal['goal']}: {value} (goal {goal['at_most']:.0%}) {verdict}")
-    return "\n".join(lines)
+    numbers = {"over stock": ("over_stock", "+.1%"), "over stock on as many rows": ("over_as_many_rows", "+.1%")}
+    return page(result, arms_grid(result["cases"], {"pixels": itemgetter("pixels")}, numbers))
+
+
+run = partial(run_benchmark, "story", measure, table)

@@ -14,11 +14,10 @@ import json as json_text
 import os
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +29,15 @@ from ..attn_processors import install
 from ..attn_processors.comm import Comm, rounds, split_rows
 from ..attn_processors.ops.scopes import Clip
 from ..pipelines import load, stream
-from ..pipelines.files import written_whole
 from ..pipelines.stream import bytes_per_step, streamed
-from .measure import measured, surroundings
+from .frame import Conditions, Found, cell, goal, grid, page, run_benchmark
+from .measure import Run, measured
 
 __all__ = ["PEER", "free_noise", "predict", "run", "table", "working_set"]
 
 STEPS = 2
 LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (17,)
-PEER, PEER_LONGEST = "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
+OURS, PEER, PEER_LONGEST = "ours", "FreeNoise", 256  # it holds all frames at once; longer ones are left out on a CPU
 CONTEXT, STRIDE = 16, 4  # frames of its windows, and from one window to the next
 RANKS_FRAMES, QUICK_RANKS_FRAMES = 64, 4
 GUIDED = 2  # rows of a call
@@ -134,7 +133,7 @@ def ours(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
                 measured(lambda: call(pipe.unet, frames, torch.device("cpu")), device)
     finally:
         handle.remove()
-    return _row("ours", frames, run.seconds, run.peak_mib) | {"working_set_mib": found["bytes"] / 2**20}
+    return _told(OURS, frames, run) | {"working_set_mib": found["bytes"] / 2**20}
 
 
 @contextmanager
@@ -150,16 +149,12 @@ def free_noise(pipe: Any) -> Iterator[None]:
 def peer(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
     with free_noise(pipe):
         run = measured(lambda: call(pipe.unet, frames, device), device)
-    return _row(PEER, frames, run.seconds, run.peak_mib)
+    return _told(PEER, frames, run)
 
 
-def _row(arm: str, frames: int, seconds: float, peak: float | None) -> dict[str, Any]:
-    return {
-        "arm": arm,
-        "frames": frames,
-        "seconds_per_frame_and_step": seconds / frames / STEPS,
-        "peak_mib": peak,
-    }
+def _told(arm: str, frames: int, run: Run) -> dict[str, Any]:
+    pace = run.seconds / frames / STEPS
+    return {"arm": arm, "frames": frames, "seconds_per_frame_and_step": pace, "peak_mib": run.peak_mib}
 
 
 def on_ranks(ranks: int, frames: int) -> dict[str, Any]:
@@ -235,90 +230,68 @@ def _full_size() -> Any:
     return model
 
 
-def run(
-    *,
-    minutes: float = 20.0,
-    quick: bool = False,
-    json: bool = False,
-    out: Path | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure, print a table (or with `json` one JSON object), and return what was measured.
-
-    Args: as for the other benchmarks; `minutes` limits what is begun, short films first.
-
-    Raises ValueError for a time limit that is not positive.
-    """
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}. It is the time limit; give for example 20.")
-    began = time.monotonic()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe = build(where)
+def measure(conditions: Conditions) -> Found:
+    """Films, short ones first, while there is time; then one film on one process and on two, and the prediction."""
+    device, quick = conditions.device, conditions.quick
+    pipe = build(device)
     rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for frames in QUICK_LENGTHS if quick else LENGTHS:
-        arms = [ours] if where.type == "cpu" and frames > PEER_LONGEST else [ours, peer]
-        for arm in arms:
-            spent = time.monotonic() - began
+        for name, arm in ((OURS, ours), (PEER, peer)):
             expected = max((row["seconds_per_frame_and_step"] for row in rows), default=0.0) * frames * STEPS * 3
-            if spent + expected < 60 * minutes:
-                rows.append(arm(pipe, frames, where))
+            if name == PEER and device.type == "cpu" and frames > PEER_LONGEST:
+                left_out[f"{name}, {frames} frames"] = "it holds all frames at once"
+            elif expected < conditions.seconds_left():
+                rows.append(arm(pipe, frames, device))
+            else:
+                left_out[f"{name}, {frames} frames"] = "no time left"
     ranked = [on_ranks(ranks, QUICK_RANKS_FRAMES if quick else RANKS_FRAMES) for ranks in (1, 2)]
-    result = {
-        **surroundings(where),
-        "quick": quick,
-        "films": rows,
-        "ranks": ranked,
-        "prediction": [predict(ranks) for ranks in (PREDICTED_RANKS[:2] if quick else PREDICTED_RANKS)],
-        "goals": _goals(rows, ranked),
-    }
-    if out is not None:
-        with written_whole(out) as (aside,):
-            aside.write_text(json_text.dumps(result, indent=2) + "\n")
-    print(json_text.dumps(result) if json else table(result))
-    return result
+    prediction = [predict(ranks) for ranks in (PREDICTED_RANKS[:2] if quick else PREDICTED_RANKS)]
+    more = {"ranks": ranked, "prediction": prediction}
+    return Found(pipe.unet.dtype, cases=rows, goals=_goals(rows, ranked), left_out=left_out, more=more)
 
 
 def _goals(rows: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    sets = {row["frames"]: row["working_set_mib"] for row in rows if row["arm"] == "ours"}
+    """What the project wants of these numbers; bytes are exact in a quick run, too."""
+    sets = {row["frames"]: row["working_set_mib"] for row in rows if row["arm"] == OURS}
     growth = sets[1024] / sets[256] - 1 if {256, 1024} <= set(sets) else None
+    unforeseen = sum(abs(row["sent"] - row["foretold"]) for row in ranked)
     return [
-        {"what": "working set grows from 256 to 1,024 frames by less than 5 %", "value": growth,
-         "met": None if growth is None else growth < 0.05},
-        {"what": "bytes sent equal bytes foretold", "value": ranked[-1]["sent"] / max(1, ranked[-1]["foretold"]),
-         "met": all(row["sent"] == row["foretold"] for row in ranked)},
-    ]  # fmt: skip
+        goal("growth of the working set from 256 to 1,024 frames", growth, "at_most", 0.05),
+        goal("bytes sent beyond or short of those foretold", unforeseen, "at_most", 0),
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people, as Markdown."""
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
-    lines = [f"{result['device']}, {result['threads']} threads; {versions}"]
-    if result["quick"]:
-        lines.append("Quick: sizes too small to say anything about speed.")
-    lines += ["", "| arm | frames | s per frame and step | peak MiB | working set MiB |", "|---|---|---|---|---|"]
-    for row in result["films"]:
-        peak = "unknown" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        held = f"{row['working_set_mib']:.1f}" if "working_set_mib" in row else "all frames"
-        lines.append(f"| {row['arm']} | {row['frames']} | {row['seconds_per_frame_and_step']:.4f} | {peak} | {held} |")
-    lines += ["", "| processes | frames | s per frame and step | bytes sent | foretold |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['ranks']} | {row['frames']} | {row['seconds_per_frame_and_step']:.4f} | {row['sent']} | {row['foretold']} |"
+    pace = "s per frame and step"
+    films = [
+        (row["arm"], row["frames"], f"{row['seconds_per_frame_and_step']:.4f}", cell(row["peak_mib"], ".0f"),
+         f"{row['working_set_mib']:.1f}" if "working_set_mib" in row else "all frames")
+        for row in result["cases"]
+    ]  # fmt: skip
+    ranked = [
+        (row["ranks"], row["frames"], f"{row['seconds_per_frame_and_step']:.4f}", row["sent"], row["foretold"])
         for row in result["ranks"]
     ]
-    lines += ["", f"Predicted for Stable Diffusion 1.5, 512 x 512, fp16, {FRAMES_PER_RANK} frames a GPU, if a frame takes "
-              f"{FRAME_SECONDS * 1000:.1f} ms a step and nothing overlaps:", "",
-              "| GPUs | frames | MB sent by the busiest | s per step | efficiency |", "|---|---|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {row['ranks']} | {row['frames']} | {row['sent_mb_by_the_busiest']:.0f} | {row['seconds_per_step']:.2f} | "
-        f"{100 * row['efficiency']:.0f} % |"
+    predicted = [
+        (row["ranks"], row["frames"], f"{row['sent_mb_by_the_busiest']:.0f}", f"{row['seconds_per_step']:.2f}",
+         f"{row['efficiency']:.0%}")
         for row in result["prediction"]
-    ]
-    for goal in result["goals"]:
-        told = {None: "not measured", True: "met", False: "MISSED"}[goal["met"]]
-        value = "" if goal["value"] is None else f" ({goal['value']:.3f})"
-        lines.append(f"{goal['what']}: {told}{value}")
-    return "\n".join(lines)
+    ]  # fmt: skip
+    assumed = (
+        f"Predicted for Stable Diffusion 1.5, 512 x 512, fp16, {FRAMES_PER_RANK} frames a GPU, if a frame takes "
+        f"{FRAME_SECONDS * 1000:.1f} ms a step and nothing overlaps:"
+    )
+    return page(
+        result,
+        grid(("arm", "frames", pace, "peak MiB", "working set MiB"), films),
+        grid(("processes", "frames", pace, "bytes sent", "foretold"), ranked),
+        [assumed, "", *grid(("GPUs", "frames", "MB sent by the busiest", "s per step", "efficiency"), predicted)],
+    )
 
+
+run = partial(run_benchmark, "video", measure, table)
 
 if __name__ == "__main__":
     one_of_ranks(int(sys.argv[1]))

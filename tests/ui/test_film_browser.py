@@ -21,7 +21,7 @@ from reattend.pipelines.recipe import Recipe
 from reattend.ui.film_job import NO_MODEL
 from reattend.ui.jobs import Worker
 from reattend.ui.page import build, start
-from reattend.ui.tabs.parts import copy_of
+from reattend.ui.tabs.status import copy_of
 
 pytestmark = pytest.mark.browser
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from reattend.attn_processors import ClearAttnProcessor
 from reattend.distill import save_linear
+from reattend.distill.config import ENDLESS
 from reattend.pipelines.events import Cancelled, CancelToken
 from reattend.pipelines.recipe import Recipe
 from reattend.ui import image_job
 from reattend.ui.image_job import load_recipe, make_image
 from reattend.ui.jobs import Session, Worker
-from reattend.ui.run_watch import POINTS, Watched, find_runs, fingerprint, pictures_changed, read_run
+from reattend.ui.run_watch import CURVES, POINTS, Watched, find_runs, fingerprint, pictures_changed, read_run
 from reattend.ui.student_job import StudentJob, read_student_form
 
 CONFIG = {"model": "tiny", "data": "runs/samples", "steps": 100, "batch": 8, "precision": "float32",
@@ -91,6 +92,24 @@ def test_a_run_tells_how_far_it_is(tmp_path):
     assert (ended.state, ended.line) == ("finished", "Finished: step 100 of 100.")
     assert dict(ended.facts)["Damaged samples"] == "3, others took their places"
     assert ended.curves["validation_latent_error"] == [(100, 0.2)]
+
+
+def test_a_run_that_time_ends_tells_its_step_alone(tmp_path):
+    from reattend.ui.tabs.distill import _shown
+
+    folder = run(tmp_path, "a", 20)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"steps": ENDLESS}))
+    found = read_run(tmp_path, "a")
+    assert (found.state, found.step, found.steps, found.fraction) == ("goes on", 20, None, None)
+    assert found.line == "Training: step 20" and dict(found.facts)["Trained for"] == "40 s"
+    watch = {name: name for name in ("state", "facts", "note", *CURVES)}
+    assert 'class="bar unknown"' in _shown(watch, found)["state"]
+    later = read_run(tmp_path, "a", now=time.time() + 1000)
+    assert later.line == (
+        "Not running: stopped at step 20. The command that began it goes on from there, if it has time left."
+    )
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"steps": ENDLESS + 1}))  # that many were asked for
+    assert read_run(tmp_path, "a").line.startswith("Training: step 20 of 1000001, ")
 
 
 def test_a_run_that_has_not_logged_waits_and_long_curves_are_thinned(tmp_path):

@@ -20,8 +20,8 @@ from ..image_job import View, make_image
 from ..jobs import Session, Worker
 from ..run_watch import CURVES, Watched, find_runs, fingerprint, pictures_changed, read_run
 from ..student_job import read_student_form
-from . import parts
-from .parts import shown_picture, status_html, stop_run
+from .events import on, stop_run
+from .status import shown_picture, status, status_html, told
 
 __all__ = ["distill_tab"]
 
@@ -97,7 +97,7 @@ def distill_tab(worker: Worker, root: Path, blocks: gr.Blocks) -> None:
     def draw(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
         form = dict(zip(("run", "prompt", "steps", "seed"), values, strict=True))
         for view in make_image(session, form, (), lambda form, _: read_student_form(form, root)):
-            updates = parts.told(view, [trial["draw"]], trial["stop"], trial["status"])
+            updates = told(view, [trial["draw"]], trial["stop"], trial["status"])
             if view.made is not None and view.made.beside is not None:
                 updates[trial["teacher"]] = shown_picture(view.made.beside)
                 updates[trial["student"]] = shown_picture(view.made.file)
@@ -106,9 +106,9 @@ def distill_tab(worker: Worker, root: Path, blocks: gr.Blocks) -> None:
     looked = [watch["run"], watch["step"]]
     asks = [watch["run"], trial["prompt"], trial["steps"], trial["seed"]]
     when = [blocks.load, timer.tick, watch["run"].change, watch["step"].change]
-    parts.on(when, look, [seen, *looked], [seen, *watch.values()], mode="always_last")
-    parts.on([trial["draw"].click, trial["prompt"].submit], draw, [session, *asks], list(trial.values()), queue=True)
-    parts.on([trial["stop"].click], stop_run, [session], [])
+    on(when, look, [seen, *looked], [seen, *watch.values()], mode="always_last")
+    on([trial["draw"].click, trial["prompt"].submit], draw, [session, *asks], list(trial.values()), queue=True)
+    on([trial["stop"].click], stop_run, [session], [])
 
 
 def _state_controls(root: Path) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _trial_controls() -> dict[str, Any]:
     with gr.Row():
         trial["draw"] = gr.Button("Draw both", variant="primary", elem_id=f"{PREFIX}draw", scale=3)
         trial["stop"] = gr.Button("Stop", variant="stop", elem_id=f"{PREFIX}stop", interactive=False, scale=1)
-    trial["status"] = parts.status(PREFIX)
+    trial["status"] = status(PREFIX)
     with gr.Row():
         for who in ("teacher", "student"):
             trial[who] = gr.Image(

@@ -11,7 +11,8 @@ from ...pipelines.filming import DUAL_SCOPE
 from ...pipelines.videos import Video
 from ..film_job import NO_MODEL, SETTINGS, fill_film_form, read_film_form
 from ..jobs import Worker
-from . import parts
+from .fields import load_control, more_controls, prompt_controls, setting_fields, size_controls
+from .making import Form, lay_out
 
 PREFIX = "film-"
 USUAL = Video()
@@ -28,14 +29,14 @@ def film_tab(worker: Worker, models: Sequence[str]) -> None:
     if not models:
         gr.Markdown(NO_MODEL, elem_id=f"{PREFIX}no-model")
         return
-    form = parts.Form(read_film_form, fill_film_form, models)
-    parts.lay_out(worker, PREFIX, lambda: _controls(models), form, film=True)
+    form = Form(read_film_form, fill_film_form, models)
+    lay_out(worker, PREFIX, lambda: _controls(models), form, film=True)
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The left column: form fields by name; there is no choice of attention."""
     form: dict[str, Any] = {}
-    parts.prompt_controls(form, PREFIX, "film")
+    prompt_controls(form, PREFIX, "film")
     with gr.Group():
         with gr.Row():
             form["frames"] = gr.Number(
@@ -70,12 +71,12 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             info="0 changes at once (blend)",
             elem_id=f"{PREFIX}blend",
         )
-    parts.size_controls(form, PREFIX, what="film")
+    size_controls(form, PREFIX, what="film")
     with gr.Group():
-        parts.setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name in FIRST])
+        setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name in FIRST])
     with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
-        parts.more_controls(form, PREFIX, models)
+        more_controls(form, PREFIX, models)
         with gr.Accordion(f"More settings of {DUAL_SCOPE} attention", open=False, elem_id=f"{PREFIX}more-{DUAL_SCOPE}"):
-            parts.setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name not in FIRST])
-    parts.load_control(form, PREFIX, "film", ".mp4")
+            setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name not in FIRST])
+    load_control(form, PREFIX, "film", ".mp4")
     return form, {}

@@ -9,7 +9,8 @@ import gradio as gr
 
 from ..image_job import fill_form, read_form
 from ..jobs import Worker
-from . import parts
+from .fields import attention_controls, load_control, more_controls, prompt_controls, size_controls
+from .making import Form, lay_out
 
 PREFIX = ""
 
@@ -21,16 +22,16 @@ def image_tab(worker: Worker, models: Sequence[str]) -> None:
         worker: runs `ImageJob` for all sessions.
         models: names or folders the page offers; the first is chosen.
     """
-    parts.lay_out(worker, PREFIX, lambda: _controls(models), parts.Form(read_form, fill_form, models))
+    lay_out(worker, PREFIX, lambda: _controls(models), Form(read_form, fill_form, models))
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The left column: form fields by name, and the group of settings of each attention."""
     form: dict[str, Any] = {}
-    parts.prompt_controls(form, PREFIX)
-    groups = parts.attention_controls(form, PREFIX, "What the model's attention layers compute")
-    parts.size_controls(form, PREFIX)
+    prompt_controls(form, PREFIX)
+    groups = attention_controls(form, PREFIX, "What the model's attention layers compute")
+    size_controls(form, PREFIX)
     with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
-        parts.more_controls(form, PREFIX, models)
-    parts.load_control(form, PREFIX)
+        more_controls(form, PREFIX, models)
+    load_control(form, PREFIX)
     return form, groups

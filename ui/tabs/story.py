@@ -29,7 +29,10 @@ from ..story_form import (
     load_story,
     read_story_form,
 )
-from . import parts, story_results
+from . import story_results
+from .events import on, stop_run
+from .fields import more_controls, size_controls
+from .status import status_html
 
 PREFIX = story_results.PREFIX
 INTRODUCTION = (
@@ -51,7 +54,7 @@ def story_tab(worker: Worker, models: Sequence[str], out: Path) -> None:
         models: names or folders the page offers; the first is chosen.
         out: the folder for stories that are saved before they are made.
     """
-    session = gr.State(Session(worker), delete_callback=parts.stop_run)
+    session = gr.State(Session(worker), delete_callback=stop_run)
     gr.Markdown(INTRODUCTION)
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=380):
@@ -97,7 +100,7 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             elem_id=f"{PREFIX}strength",
             buttons=[],
         )
-    parts.size_controls(form, PREFIX)
+    size_controls(form, PREFIX)
     with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
         form["together"] = gr.Number(
             1,
@@ -108,7 +111,7 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             info="More is faster and takes more memory (together)",
             elem_id=f"{PREFIX}together",
         )
-        parts.more_controls(form, PREFIX, models)
+        more_controls(form, PREFIX, models)
     press["kept"] = gr.HTML(visible=False, padding=False, elem_id=f"{PREFIX}kept")
     with gr.Row():
         press["load"] = gr.UploadButton(
@@ -142,7 +145,7 @@ def _connect(
     names, fields = list(form), list(form.values())
 
     def said(view: View) -> dict[Any, Any]:
-        return {screen["status"]: gr.update(value=parts.status_html(view))}
+        return {screen["status"]: gr.update(value=status_html(view))}
 
     def one_more(columns: int) -> Callable[[Table], Table]:
         return lambda rows: [*rows, [""] * columns]
@@ -171,9 +174,9 @@ def _connect(
         ("add_panel", "panels", PANELS),
         ("add_place", "places", PLACES),
     ):
-        parts.on([press[button].click], one_more(len(columns)), [form[table]], [form[table]])
-    parts.on([press["load"].upload], upload, [press["load"]], [screen["status"], press["kept"], *fields], queue=True)
-    parts.on([press["write"].click], write, fields, [screen["status"], press["written"]])
+        on([press[button].click], one_more(len(columns)), [form[table]], [form[table]])
+    on([press["load"].upload], upload, [press["load"]], [screen["status"], press["kept"], *fields], queue=True)
+    on([press["write"].click], write, fields, [screen["status"], press["written"]])
 
 
 def _filled(form: dict[str, Any], press: dict[str, Any], values: Mapping[str, Any]) -> dict[Any, Any]:

@@ -12,7 +12,8 @@ from ..image_job import View
 from ..jobs import Session, one_line
 from ..story_form import Table, box_text, with_place
 from ..story_job import GONE, StoryMade, found_places, make_story, panel_picture, story_words, strip_picture
-from . import parts
+from .events import on, stop_run
+from .status import shown_picture, status, status_html, told
 
 PREFIX = "story-"
 SMALLEST = 8  # pixels; two clicks nearer than that mark no place
@@ -32,7 +33,7 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
         elem_id=f"{PREFIX}picture",
         elem_classes="shown-picture",
     )
-    screen["status"] = parts.status(PREFIX)
+    screen["status"] = status(PREFIX)
     with gr.Row(visible=False) as screen["made"]:
         screen["strip"] = gr.DownloadButton("Download strip", size="sm", elem_id=f"{PREFIX}save-strip")
         screen["save"] = gr.DownloadButton("Download story", size="sm", elem_id=f"{PREFIX}save-story")
@@ -123,9 +124,9 @@ def connect(
         def run(session: Session, number: int, *values: Any) -> Iterator[dict[Any, Any]]:
             given = dict(zip(names, values, strict=True))
             for view in make_story(session, given, models, panel=number if of_panel else None, new_seed=new_seed):
-                updates = parts.told(view, starts, buttons["stop"], screen["status"])
+                updates = told(view, starts, buttons["stop"], screen["status"])
                 if view.picture is not None:
-                    updates[screen["picture"]] = parts.shown_picture(view.picture)
+                    updates[screen["picture"]] = shown_picture(view.picture)
                 yield updates
 
         return run
@@ -141,7 +142,7 @@ def connect(
         number = min(number, len(made.script.panels) - 1)
         strips = [str(one.strip_file) for one in session.history]
         return {
-            screen["picture"]: parts.shown_picture(strip_picture(made, over)),
+            screen["picture"]: shown_picture(strip_picture(made, over)),
             screen["made"]: gr.update(visible=True),
             screen["below"]: gr.update(visible=True),
             screen["strip"]: gr.update(value=str(made.strip_file)),
@@ -173,7 +174,7 @@ def connect(
             return gr.skip()
         if not session.shown.folder.is_dir():
             return {panel["hint"]: _hint(View(GONE, "bad"))}
-        return {screen["picture"]: parts.shown_picture(strip_picture(session.shown, over))}
+        return {screen["picture"]: shown_picture(strip_picture(session.shown, over))}
 
     def use_all(session: Session) -> dict[Any, Any]:
         return gr.skip() if session.shown is None else fill(session.shown.script)
@@ -181,14 +182,14 @@ def connect(
     now = [session, panel["number"], panel["who"], screen["over"]]
     outputs = [*starts, buttons["stop"], screen["status"], screen["picture"]]
     for button, run in zip(starts, (runs(False, False), runs(True, False), runs(True, True)), strict=True):
-        ended = parts.on([button.click], run, [session, panel["number"], *fields], outputs, queue=True)
+        ended = on([button.click], run, [session, panel["number"], *fields], outputs, queue=True)
         inputs = [*now, form["places"]]  # as they are at the end
         ended.then(after, inputs, shown, queue=False, show_progress="hidden", api_visibility="private")
-    parts.on([buttons["stop"].click], parts.stop_run, [session], [])
+    on([buttons["stop"].click], stop_run, [session], [])
     over_outputs = [screen["picture"], panel["hint"]]
-    parts.on([screen["over"].input], lay_over, [session, screen["over"]], over_outputs, mode="always_last")
-    parts.on([screen["use_all"].click], use_all, [session], filled)
-    parts.on([screen["history"].select], show, [*now, form["places"]], shown)
+    on([screen["over"].input], lay_over, [session, screen["over"]], over_outputs, mode="always_last")
+    on([screen["use_all"].click], use_all, [session], filled)
+    on([screen["history"].select], show, [*now, form["places"]], shown)
     _connect_panel(session, form["places"], panel)
 
 
@@ -239,10 +240,10 @@ def _connect_panel(session: gr.State, table: Any, panel: dict[str, Any]) -> None
 
     now = [session, panel["number"], panel["who"], table]
     outputs = [panel["picture"], panel["hint"], panel["corner"]]
-    parts.on([panel["number"].input, panel["who"].input, table.input], choose, now, outputs, mode="always_last")
-    parts.on([panel["picture"].select], click, [*now, panel["corner"]], [*outputs, table])
-    parts.on([panel["forget"].click], forget, now, [*outputs, table])
-    parts.on([panel["take"].click], take, now, [*outputs, table])
+    on([panel["number"].input, panel["who"].input, table.input], choose, now, outputs, mode="always_last")
+    on([panel["picture"].select], click, [*now, panel["corner"]], [*outputs, table])
+    on([panel["forget"].click], forget, now, [*outputs, table])
+    on([panel["take"].click], take, now, [*outputs, table])
 
 
 def _look(
@@ -263,4 +264,4 @@ def _look(
 
 
 def _hint(view: View) -> Any:
-    return gr.update(value=parts.status_html(view))
+    return gr.update(value=status_html(view))

@@ -10,7 +10,8 @@ import gradio as gr
 from ...pipelines.stages import Upscale
 from ..jobs import Worker
 from ..upscale_job import fill_upscale_form, read_upscale_form
-from . import parts
+from .fields import attention_controls, load_control, more_controls, prompt_controls, size_controls
+from .making import Form, lay_out
 
 PREFIX = "upscale-"
 USUAL = Upscale()
@@ -23,14 +24,14 @@ def upscale_tab(worker: Worker, models: Sequence[str]) -> None:
         worker: runs `ImageJob` for all sessions.
         models: names or folders the page offers; the first is chosen.
     """
-    form = parts.Form(read_upscale_form, fill_upscale_form, models)
-    parts.lay_out(worker, PREFIX, lambda: _controls(models), form)
+    form = Form(read_upscale_form, fill_upscale_form, models)
+    lay_out(worker, PREFIX, lambda: _controls(models), form)
 
 
 def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The left column: form fields by name, and the group of settings of each attention."""
     form: dict[str, Any] = {}
-    parts.prompt_controls(form, PREFIX)
+    prompt_controls(form, PREFIX)
     with gr.Group(), gr.Row():
         form["scale"] = gr.Textbox(
             value=f"{USUAL.scale:g}",
@@ -49,16 +50,16 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             elem_id=f"{PREFIX}strength",
             buttons=[],
         )
-    groups = parts.attention_controls(form, PREFIX, "What the attention layers compute in the larger sizes")
+    groups = attention_controls(form, PREFIX, "What the attention layers compute in the larger sizes")
     form["attention_first"] = gr.Checkbox(
         label="Use this attention for the first size too",
         elem_id=f"{PREFIX}attention-first",
     )
-    parts.size_controls(form, PREFIX, of=" of the first size")
+    size_controls(form, PREFIX, of=" of the first size")
     with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
         _rare(form)
-        parts.more_controls(form, PREFIX, models)
-    parts.load_control(form, PREFIX)
+        more_controls(form, PREFIX, models)
+    load_control(form, PREFIX)
     return form, groups
 
 
