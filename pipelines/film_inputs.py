@@ -92,7 +92,7 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
 
 def _numbers(
     recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter], scales: set[float] | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Of each number that counts for this pipeline the value."""
     usual = {word: accepts[word].default for word in NUMBERS if word in accepts}
     if scales is not None:

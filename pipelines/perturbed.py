@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..attn_processors.context import Context, context_of
 from ..attn_processors.dual_scope import DualScopeAttnProcessor
+from ..attn_processors.families.video_unet import VideoUNetLayer
 from ..attn_processors.installer import patched
-from ..attn_processors.layer import LayerProcessor
 
 __all__ = ["check_perturbs", "perturbed"]
 
@@ -91,7 +91,7 @@ class Perturbed:
 
     def _itself(self, attn: nn.Module, hidden_states: Tensor) -> Tensor:
         x, inner = hidden_states, self.inner
-        if isinstance(inner, LayerProcessor) and isinstance(inner.method, DualScopeAttnProcessor) and not self.idle:
+        if isinstance(inner, VideoUNetLayer) and isinstance(inner.method, DualScopeAttnProcessor) and not self.idle:
             x = inner.method.placed(inner._open(attn, x, (x.shape[1], 1), None, None))
         out = attn.to_v(x)
         for layer in attn.to_out:  # linear, dropout

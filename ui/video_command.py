@@ -177,8 +177,8 @@ class Video(Image):
         from ..pipelines.checkpoint import latest, parts_folder
 
         assert self.resume is not None
-        free = ("resume", "clip", "device", "timeout", "json", "sheet")  # change nothing in the film
-        free += ("video", "conditioning_frames")  # are not kept with it
+        free = ["resume", "clip", "device", "timeout", "json", "sheet"]  # change nothing in the film
+        free += ["video", "conditioning_frames"]  # are not kept with it
         options = [option for option in fields(self) if option.name not in free]
         given = [option.name for option in options if getattr(self, option.name) != option.default]
         if given:
