@@ -237,7 +237,7 @@ def test_a_stop_before_the_first_step_keeps_nothing(session, tmp_path):
 
 def test_a_pipeline_that_makes_no_films_says_so(tmp_path):
     job = FilmJob(tmp_path, lambda *_: tiny.fresh(tiny.sd()))
-    with pytest.raises(ValueError, match="makes no film from a text alone"):
+    with pytest.raises(ValueError, match="makes no film; use an AnimateDiff pipeline"):
         job(read_film_form(film_form(**SMALL), [MODEL]), image_job.CancelToken(), lambda _: None)
 
 
