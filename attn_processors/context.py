@@ -86,6 +86,7 @@ class Context:
         references: tokens of reference pictures, or of filling, that follow the picture's own, in models that have them
         batch, frames: rows of the call, and pictures per row (1 for images)
         clip: this rank's frames, where a film is worked on in parts; None = it is whole
+        rows: the pictures of the batch that a layer works on, where they come in clips; None = all
         strip: this rank's rows of the grid, where the picture is split over ranks; None = it is whole
         device: of the call
         timestep: as it was passed, never converted here; times `timestep_unit` it is the scheduler's
@@ -100,6 +101,7 @@ class Context:
         self.text, self.references = 0, 0
         self.strip: Strip | None = None
         self.clip: Clip | None = None
+        self.rows: tuple[int, int] | None = None
         self.batch, self.frames = 0, 1
         self.device = torch.device("cpu")
         self.timestep: Tensor | float | None = None

@@ -145,9 +145,8 @@ class DualScopeAttnProcessor(AttnMethod):
         x, tables = call.x, None
         if table is not None:
             self._check_table(call, table)
-            places = table[: min(scopes.length, scopes.frames)].to(x.dtype)
-            x = x + places[own_slots(scopes, own, x.device)]
-            tables = slot_tables(places, call.to_k, call.to_v)
+            x = self.placed(call)
+            tables = slot_tables(table[: min(scopes.length, scopes.frames)].to(x.dtype), call.to_k, call.to_v)
         q = call.to_q(x)
         if self.token_scale != "none":
             sharp = [scopes.sharpness(i, self.train_frames, self.token_scale) for i in range(*own)]
@@ -159,6 +158,16 @@ class DualScopeAttnProcessor(AttnMethod):
             scale=call.scale, biases=(now.window, now.anchors), tables=tables,
         )  # fmt: skip
         return out.flatten(2)
+
+    def placed(self, call: LayerCall) -> Tensor:
+        """The tokens with the places of their frames, as they would be in one training clip; same shape as `call.x`."""
+        table, clip = getattr(call, "table", None), call.context.clip
+        if table is None:
+            return call.x
+        frames = call.x.shape[1]
+        scopes = self.scopes(frames if clip is None else clip.frames)
+        own = (0, frames) if clip is None else clip.own
+        return call.x + table.to(call.x.dtype)[own_slots(scopes, own, call.x.device)]
 
     def _check_table(self, call: LayerCall, table: Tensor) -> None:
         attn = call._attn

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attn_processors.context import context_of
+from ..attn_processors.dual_scope import DualScopeAttnProcessor
 from ..attn_processors.families import replaced
+from ..attn_processors.installer import apply, plan
 from . import checkpoint
 from .prompts import FramePrompts
+from .stream import has_motion
 
-__all__ = ["Schedule", "TextOfFrames", "kept_on_host", "upcast_vae"]
+__all__ = ["Schedule", "TextOfFrames", "device_of", "in_float32", "join_controlnet", "kept_on_host", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -28,6 +32,22 @@ class TextOfFrames:
         return replaced(model, args, kwargs, encoder_hidden_states=self.text)
 
 
+@contextlib.contextmanager
+def join_controlnet(pipe: Any) -> Iterator[None]:
+    """For the length of a with block, a ControlNet in which frames meet has the attention between frames that the UNet has."""
+    if not has_motion(net := getattr(pipe, "controlnet", None)):
+        yield
+        return
+    context = context_of(pipe.unet)
+    assert context is not None, "films are made with attention of ours"
+    methods = [item.method for item in context.installations if isinstance(item.method, DualScopeAttnProcessor)]
+    handle = apply(plan(net, methods), pipe)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Schedule:
     """Stands for `scheduler.set_timesteps`: a film that goes on has the remaining steps only.
 
@@ -35,20 +55,41 @@ class Schedule:
     tell phases of attention how far the film is.
     """
 
-    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None):
-        self.pipe, self.scheduler, self.resumed = pipe, pipe.scheduler, resumed
+    def __init__(self, pipe: Any, resumed: checkpoint.Moment | None, source: Tensor | None = None):
+        """source: latents of the film that this one is made from, without noise, (1, C, f, H, W)."""
+        self.pipe, self.scheduler, self.resumed, self.source = pipe, pipe.scheduler, resumed, source
         self.stock, self.prepare = pipe.scheduler.set_timesteps, pipe.prepare_latents
+        self.cut = getattr(pipe, "get_timesteps", None)  # of video-to-video, which leaves out the first steps
         functools.update_wrapper(self, self.stock)
+
+    @property
+    def patches(self) -> list[tuple[Any, str, Any]]:
+        cut = [] if self.cut is None else [(self.pipe, "get_timesteps", self.remaining)]
+        return [(self.scheduler, "set_timesteps", self), (self.pipe, "prepare_latents", self.latents), *cut]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.stock(*args, **kwargs)
         self.whole = self.scheduler.timesteps
         if self.resumed is not None:
             checkpoint.restore(self.scheduler, _placed(self.resumed.history, self.pipe._execution_device))
-            self.scheduler.timesteps = self.whole[self.resumed.step :]
+            if self.cut is None:
+                self.scheduler.timesteps = self.whole[self.resumed.step :]
+
+    def remaining(self, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        """Stands for `pipe.get_timesteps`."""
+        assert self.cut is not None
+        timesteps, number = self.cut(*args, **kwargs)
+        return timesteps if self.resumed is None else timesteps[self.resumed.step :], number
 
     def latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for `pipe.prepare_latents`."""
+        if self.source is not None:
+            noise = kwargs["latents"]
+            clean, noise = (
+                x.transpose(1, 2) for x in (self.source.to(noise), noise)
+            )  # as the stock pipeline: B, F, ...
+            noisy = self.scheduler.add_noise(clean, noise, kwargs["timestep"])
+            return noisy.contiguous().transpose(1, 2)  # as they come from a checkpoint: sums then round alike
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
@@ -75,6 +116,11 @@ def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
     return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, also if it is offloaded."""
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
+
+
 @contextlib.contextmanager
 def upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
     """The numbers the VAE computes in: where the stock pipeline upcasts it, as that of SDXL, float16 overflows."""
@@ -82,8 +128,15 @@ def upcast_vae(pipe: Any) -> Iterator[torch.dtype]:
     if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False) or not hasattr(pipe, "upcast_vae"):
         yield vae.dtype
         return
-    try:
-        vae.to(dtype=torch.float32)  # all of it: with parts left in float16, as by upcast_vae, newer decoders fail
+    with in_float32(vae):
         yield torch.float32
+
+
+@contextlib.contextmanager
+def in_float32(vae: nn.Module) -> Iterator[None]:
+    """The VAE in float32, all of it: with parts left in float16, as by upcast_vae, newer decoders fail."""
+    before: Any = vae.dtype
+    try:
+        yield vae.to(dtype=torch.float32)
     finally:
-        vae.to(dtype=torch.float16)
+        vae.to(dtype=before)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: write aside in the same folder, then rename."""
+"""Files appear whole or not at all: write aside in the same folder, then rename. Pictures are read from a few formats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["PICTURES", "check_writable", "free_path", "inside", "written_whole"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PICTURES", "check_writable", "free_path", "inside", "opened", "written_whole"]
 
 PICTURES = ["PNG", "JPEG", "WEBP"]  # formats that are read; of others Pillow starts programs
 
@@ -71,3 +75,15 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {there} is a file, not a folder; choose another output path")
     if not os.access(there, os.W_OK):
         raise ValueError(f"cannot write {path}: no permission to write {there}; choose another output path")
+
+
+def opened(path: str | Path, what: str = "reference picture") -> Image.Image:
+    """A picture from a file, upright and as RGB. Raises ValueError in one sentence that calls it `what`."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=PICTURES) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
+        raise ValueError(f"cannot read the {what} {path}: {reason}; give a PNG, JPEG or WebP file.") from None

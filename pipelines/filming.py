@@ -14,7 +14,7 @@ import functools
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,22 @@ import torch
 from torch import Tensor
 
 from ..attn_processors.comm import Comm, Span
-from ..attn_processors.installer import patched, supported
+from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, kept_on_host
+from .borrowing import Schedule, TextOfFrames, join_controlnet, kept_on_host
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
 from .film import check_film_path, require_ffmpeg
+from .film_inputs import FilmInputs, with_inputs
+from .film_kinds import check_makes_films
+from .film_pictures import Pictures
 from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
 from .load import load
-from .noise import PerFrameStep, check_scheduler, frame_noise
+from .noise import PerFrameStep, frame_noise
+from .perturbed import perturbed
 from .prompts import FramePrompts
 from .recipe import Recipe
 from .stream import CLIP, streamed
@@ -42,6 +46,7 @@ from .writing import write_film
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 __all__ = ["Film", "long_video"]
 
@@ -69,6 +74,9 @@ def long_video(
     out: str | Path,
     *,
     pipe: Any = None,
+    video: Pictures | None = None,
+    conditioning_frames: Pictures | Sequence[Pictures] | None = None,
+    ip_adapter_image: Image.Image | str | Path | None = None,
     clip: int = CLIP,
     on_step: Callable[[StepEvent], None] | None = None,
     cancel: CancelToken | None = None,
@@ -83,6 +91,11 @@ def long_video(
         recipe: what to make; `recipe.video` says how long. Without dual-scope in its attention, that is added.
         out: the MP4 file.
         pipe: a loaded AnimateDiff pipeline, used in place of `recipe.model`; it is left as it was found.
+        video: the film to start from, for video-to-video; `recipe.video.strength` says how much of it may change. A picture
+            for every frame: a list of PIL pictures, an MP4, or a folder of picture files in the order of their names.
+        conditioning_frames: what the ControlNet follows, a picture for every frame; a list of these for several nets. For a
+            sparse one a picture for each of `recipe.video.controlnet_frame_indices`.
+        ip_adapter_image: picture for the IP-Adapter that the UNet carries.
         clip: frames on the device at a time; changes memory and time, not the film.
         on_step: called in this thread after every denoising step (clips = 1), then after every written clip.
         cancel: one rank's is enough; asked after every step, in one process within steps too. What is done is kept.
@@ -90,8 +103,9 @@ def long_video(
 
     Raises:
         Cancelled: if `cancel` was requested.
-        ValueError: for a recipe without video, a pipeline that makes no films, text that is too long, ranks that were
-            called differently, an unfinished film of another recipe at `out`.
+        ValueError: for a recipe without video, a pipeline that makes no films, text that is too long, pictures that are
+            missing or too many, ranks that were called differently, an unfinished film of another recipe at `out`.
+        TypeError: for something in place of pictures.
         RankLost: another rank is gone or did not answer in time; it is named.
         RuntimeError: if the model computed no pictures (not-a-number values).
         MemoryError: if a clip is too large for the memory there is.
@@ -117,26 +131,30 @@ def long_video(
     with named(comm):
         if pipe is None:
             pipe = load(recipe.model, dtype=recipe.dtype)
-        recipe = filled_in(recipe, pipe)
+        given = {"video": video, "conditioning_frames": conditioning_frames, "ip_adapter_image": ip_adapter_image}
+        recipe = filled_in(recipe, pipe, given)
         digest = request_digest(recipe, pipe)
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0
         check_alike(control, digest)
         with told_memory(f"{clip} frames of {recipe.width} x {recipe.height} pixels", "a smaller clip or size"):
-            making = _Making(recipe, pipe, out, digest, control, cancel, began, save_every, on_step)
+            making = _Making(recipe, pipe, given, out, digest, control, cancel, began, save_every, on_step)
             latents, film = making.denoise(clip, comm)
             making.write(latents, film)
     return Film(path=out, recipe=recipe, sent=comm.sent)
 
 
-def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
-    """The recipe with size, seed, guidance, attention, model and versions as they will be used.
+def filled_in(recipe: Recipe, pipe: Any, given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe with size, seed, guidance, attention, inputs, model and versions as they will be used.
+
+    given: pictures by argument of `long_video`.
 
     Raises:
-        ValueError: if `pipe` makes no films from a text, or cannot do what the recipe asks for.
+        ValueError: if `pipe` makes no films, or cannot do what the recipe asks for with what is given.
+        TypeError: for something in place of pictures.
     """
     accepts = inspect.signature(pipe.__call__).parameters
-    _check_makes_films(pipe, accepts)
+    check_makes_films(pipe)
     recipe = completed(recipe, pipe, accepts)
     video = recipe.video
     assert video is not None
@@ -146,6 +164,7 @@ def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
         check_length(f"the prompt from frame {frame}", text, pipe, accepts)
     if video.later and "pooled_prompt_embeds" in accepts:
         raise ValueError(f"{type(pipe).__name__} takes one pooled text for the whole film; give one prompt")
+    recipe = with_inputs(recipe, pipe, given or {})
     own = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
     attention = recipe.attention
     if not any(entry["name"] == DUAL_SCOPE for entry in attention):
@@ -161,6 +180,7 @@ class _Making:
         self,
         recipe: Recipe,
         pipe: Any,
+        given: Mapping[str, Any],
         out: Path,
         digest: str,
         control: Comm,
@@ -169,7 +189,8 @@ class _Making:
         save_every: float,
         on_step: Callable[[StepEvent], None] | None,
     ):
-        self.recipe, self.pipe, self.out, self.digest, self.control = recipe, pipe, out, digest, control
+        self.recipe, self.pipe, self.given = recipe, pipe, given
+        self.out, self.digest, self.control = out, digest, control
         self.cancel, self.save_every, self.on_step = cancel, save_every, on_step
         self.clock, self.saved_at, self.steps = Clock(began), time.monotonic(), 0
         self.folder = checkpoint.parts_folder(out)
@@ -180,30 +201,32 @@ class _Making:
         """This rank's finished latents (1, C, f, H, W), and the frames of all ranks."""
         recipe, pipe, video = self.recipe, self.pipe, self.recipe.video
         assert video is not None and recipe.seed is not None
-        with attention_of(recipe, pipe), streamed(pipe, video.frames, clip=clip, comm=comm, cancel=self.cancel) as film:
+        with (
+            attention_of(recipe, pipe),
+            join_controlnet(pipe),
+            streamed(pipe, video.frames, clip=clip, comm=comm, cancel=self.cancel) as film,
+        ):
             self.film = Clip(self.control, film.parts)
             resumed = self._resumed()
             text, arguments = self._text(film.own)
-            (model,) = supported(pipe)
-            schedule = Schedule(pipe, resumed)
-            triples: list[tuple[Any, str, Any]] = [
-                (pipe.scheduler, "step", PerFrameStep(pipe.scheduler, recipe.seed, film.own)),
-                (pipe.scheduler, "set_timesteps", schedule),
-                (pipe, "prepare_latents", schedule.latents),
-            ]
-            noise = self._noise(film.own).to(pipe.dtype) if resumed is None else None
-            hook = model.register_forward_pre_hook(TextOfFrames(text), with_kwargs=True)
+            inputs = FilmInputs(pipe, recipe, self.given, film.own)
+            arguments |= inputs.arguments()
+            schedule = Schedule(pipe, resumed, inputs.source(clip) if resumed is None else None)
+            step = PerFrameStep(pipe.scheduler, recipe.seed, film.own)
+            triples = [(pipe.scheduler, "step", step), *schedule.patches, *inputs.patches(), *kept_on_host(pipe)]
+            latents = self._noise(film.own).to(pipe.dtype) if resumed is None else resumed.latents
+            readers = [model for model in (pipe.unet, getattr(pipe, "controlnet", None)) if model is not None]
+            hooks = [model.register_forward_pre_hook(TextOfFrames(text), with_kwargs=True) for model in readers]
             try:
-                with patched([*triples, *kept_on_host(pipe)]), without_progress_bar(pipe):
+                with patched(triples), perturbed(pipe), without_progress_bar(pipe):
                     self.begin = 0 if resumed is None else resumed.step
                     output = pipe(
                         **arguments,
-                        num_frames=film.own[1] - film.own[0],
                         width=recipe.width,
                         height=recipe.height,
                         num_inference_steps=recipe.steps,
                         guidance_scale=recipe.guidance,
-                        latents=noise,
+                        latents=latents,
                         output_type="latent",
                         callback_on_step_end=self._after_step,
                     )
@@ -212,7 +235,8 @@ class _Making:
                     self._save(self.last)
                 raise
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
         self.steps = self.steps or self.begin  # all steps were done before
         return output.frames, self.film
 
@@ -306,29 +330,3 @@ class _Making:
             self.on_step(replace(event, eta=left, frames=frames))
         if self.control.size == 1 and number + 1 < clips:
             self.cancel.check()
-
-
-def _check_makes_films(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
-    name = type(pipe).__name__
-    needed = {"prompt_embeds", "num_frames", "latents", "num_inference_steps", "callback_on_step_end"}
-    more = [word for word in ("video", "conditioning_frames", "image", "pag_scale") if word in accepts]
-    if not needed <= set(accepts) or more or not hasattr(pipe, "motion_adapter"):
-        raise ValueError(
-            f"{name} makes no film from a text alone"
-            + (f" (it takes {more[0]!r})" if more else "")
-            + "; use an AnimateDiff pipeline such as AnimateDiffPipeline or AnimateDiffSDXLPipeline"
-        )
-    if any(parameter.is_meta for parameter in pipe.unet.parameters()):
-        raise ValueError(
-            f"{name} moves its weights layer by layer (enable_sequential_cpu_offload), which films cannot follow; call "
-            "pipe.enable_model_cpu_offload() instead"
-        )
-    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
-        raise ValueError(
-            f"{name} carries an IP-Adapter, but a film is made from text alone; call pipe.unload_ip_adapter() first"
-        )
-    if getattr(pipe, "free_init_enabled", False):
-        raise ValueError(f"{name} runs FreeInit, which mixes all frames at once; call pipe.disable_free_init() first")
-    if getattr(pipe, "free_noise_enabled", False):
-        raise ValueError(f"{name} runs FreeNoise, another way to long films; call pipe.disable_free_noise() first")
-    check_scheduler(pipe.scheduler, 4)

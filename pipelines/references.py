@@ -20,13 +20,12 @@ from ..attn_processors.isolation_reposition import IsolationRepositionAttnProces
 from ..attn_processors.method import LayerInfo
 from ..attn_processors.ops.regions import box_tokens, clipped, mask_tokens, pack_mask, tight_box, unpack_mask
 from ..attn_processors.places import Place
-from .files import PICTURES
 
 if TYPE_CHECKING:
     from ..attn_processors.context import Context
     from .script import Script
 
-__all__ = ["BankPlan", "Pinned", "fitted", "opened", "plan_bank", "plan_for", "step_numbers"]
+__all__ = ["BankPlan", "Pinned", "fitted", "plan_bank", "plan_for", "step_numbers"]
 
 
 @dataclass(frozen=True)
@@ -196,18 +195,6 @@ def encode(pipe: Any, picture: Image.Image, size: tuple[int, int]) -> Tensor:
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode()
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-
-
-def opened(path: str) -> Image.Image:
-    """A reference picture from a file. Raises ValueError in one sentence."""
-    try:
-        with Image.open(path, formats=PICTURES) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
-        raise ValueError(
-            f"cannot read the reference picture {path}: {reason}; give a PNG, JPEG or WebP file."
-        ) from None
 
 
 def fitted(picture: Image.Image, place: Place, size: tuple[int, int]) -> tuple[Image.Image, Place]:

@@ -22,12 +22,13 @@ from ..attn_processors.bank import Bank
 from ..attn_processors.context import Context
 from ..attn_processors.ops.regions import Box, pack_mask
 from .events import CancelToken, StepEvent
+from .files import opened
 from .image import attention_of, stock_rows
 from .load import load
 from .masks import as_place
 from .own_words import encoded, own_caption
 from .placing import filled_in_story, panel_places, reference_place
-from .references import Pinned, fitted, opened, plan_for
+from .references import Pinned, fitted, plan_for
 from .script import Panel, Script, Subject
 from .told import Story
 

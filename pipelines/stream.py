@@ -57,7 +57,8 @@ def streamed(
     Call the pipeline with `num_frames` of this rank's own, and latents and text of these frames.
 
     Args:
-        target: an AnimateDiff pipeline or its UNet, with dual-scope attention on all temporal layers.
+        target: an AnimateDiff pipeline or its UNet, with dual-scope attention on all temporal layers. A ControlNet of the
+            pipeline works on a clip at a time, too; one with motion modules needs the attention as well.
         frames: of the whole film.
         clip: frames on the device at a time; less takes less memory and more time.
         comm: the ranks; None = all of torch.distributed, or just this process.
@@ -76,22 +77,29 @@ def streamed(
     if frames < comm.size:
         raise ValueError(f"{frames} frames cannot be split over {comm.size} ranks; use at most {frames} of them.")
     film = Clip(comm, tuple(split_rows(frames, comm.size)))
-    (model,) = supported(target)
-    context = _ready(model)
-    family: Any = context.family
-    work = _Work(context, film, clip, cancel if comm.size == 1 else None)
+    models = supported(target)
+    net = getattr(target, "controlnet", None)
+    if has_motion(net):
+        models = [*models, net]
+    contexts = [_ready(model) for model in models]
     triples: list[tuple[nn.Module, str, Any]] = []
-    for part in family.framewise(model):
-        triples.append((part, "forward", _ClipWise(part, work)))
-    for name, part in family.motion_modules(model).items():
-        norm = _HeldNorm(part.norm)
-        triples += [(part.norm, "forward", norm), (part, "forward", _TileWise(part, name, norm, work))]
+    for context in contexts:
+        triples += _divided(_Work(context, film, clip, cancel if comm.size == 1 else None))
+    if isinstance(net, nn.Module) and not has_motion(net):
+        triples.append((net, "forward", _OwnClipWise(net, _Work(contexts[0], film, clip, None))))
     with patched(triples):
-        context.clip = film
+        for context in contexts:
+            context.clip = film
         try:
             yield film
         finally:
-            context.clip = None
+            for context in contexts:
+                context.clip = context.rows = None
+
+
+def has_motion(net: Any) -> bool:
+    """Does this ControlNet have motion modules of its own, in which frames meet?"""
+    return isinstance(net, nn.Module) and any("motion_modules" in name for name, _ in net.named_modules())
 
 
 def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -> list[int]:
@@ -124,6 +132,21 @@ def bytes_per_step(target: Any, film: Clip, grid: tuple[int, int], batch: int) -
     ]
 
 
+def _divided(work: _Work) -> list[tuple[nn.Module, str, Any]]:
+    """Triples for `patched` that divide one model."""
+    model, family = work.context.model, work.context.family
+    assert isinstance(family, VideoUNetFamily)
+    triples: list[tuple[nn.Module, str, Any]] = []
+    for part in family.framewise(model):
+        triples.append((part, "forward", _ClipWise(part, work)))
+    if isinstance(part := getattr(model, "controlnet_cond_embedding", None), nn.Module):
+        triples.append((part, "forward", _OwnClipWise(part, work)))  # has no rows for guidance
+    for name, part in family.motion_modules(model).items():
+        norm = _HeldNorm(part.norm)
+        triples += [(part.norm, "forward", norm), (part, "forward", _TileWise(part, name, norm, work))]
+    return triples
+
+
 class _Work:
     """What the parts of one `streamed` block share."""
 
@@ -147,29 +170,49 @@ class _ClipWise:
     """Stands for the `forward` of a module that treats every picture on its own."""
 
     def __init__(self, module: nn.Module, work: _Work):
-        self.stock, self.work = module.forward, work
+        self.module, self.stock, self.work = module, module.forward, work
+
+    def rows(self, args: tuple, kwargs: dict) -> int:
+        """Pictures in this call."""
+        return self.work.rows
+
+    @property
+    def device(self) -> torch.device:
+        return self.work.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        work, rows, device = self.work, self.work.rows, self.work.device
+        work, rows, device = self.work, self.rows(args, kwargs), self.device
         home = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), device)
         if not any(_per_picture(x, rows) for x in (*args, *kwargs.values())):  # a time, the same for all
             here = [_part(x, 0, rows, rows, device) for x in args]
             there = {name: _part(x, 0, rows, rows, device) for name, x in kwargs.items()}
-            pieces, form = _flat(run_part(self.stock, here, there))
-            return _like(form, [piece.to(home) for piece in pieces])
+            out = run_part(self.stock, here, there)
+            return _like(out, iter([piece.to(home) for piece in _flat(out)]))
         whole: list[Tensor] = []
         for first, end in work.clips(rows):
+            work.context.rows = (first, end)
             here = [_part(x, first, end, rows, device) for x in args]
             there = {name: _part(x, first, end, rows, device) for name, x in kwargs.items()}
             out = run_part(self.stock, here, there)
-            pieces, form = _flat(out)
+            pieces = _flat(out)
             if not whole:
                 if end == rows and device == home:
                     return out
                 whole = [piece.new_empty((rows, *piece.shape[1:]), device=home) for piece in pieces]
             for into, piece in zip(whole, pieces, strict=True):
                 into[first:end] = piece
-        return _like(form, whole)
+        return _like(out, iter(whole))
+
+
+class _OwnClipWise(_ClipWise):
+    """The same where the first argument says how many pictures there are, as of a ControlNet, which is called first."""
+
+    def rows(self, args: tuple, kwargs: dict) -> int:
+        return (args[0] if args else kwargs["sample"]).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
 
 class _HeldNorm:
@@ -242,12 +285,14 @@ def _part(value: Any, first: int, end: int, rows: int, device: torch.device) -> 
     return value
 
 
-def _flat(out: Any) -> tuple[list[Tensor], Any]:
-    return ([out], None) if isinstance(out, Tensor) else (list(out), type(out))
+def _flat(out: Any) -> list[Tensor]:
+    """The tensors in lists and tuples."""
+    return [out] if isinstance(out, Tensor) else [piece for item in out for piece in _flat(item)]
 
 
-def _like(form: Any, pieces: list[Tensor]) -> Any:
-    return pieces[0] if form is None else form(pieces)
+def _like(out: Any, pieces: Iterator[Tensor]) -> Any:
+    """`out` with other tensors in it."""
+    return next(pieces) if isinstance(out, Tensor) else type(out)(_like(item, pieces) for item in out)
 
 
 def _method(context: Context) -> DualScopeAttnProcessor:

@@ -10,9 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..attn_processors import Place
-from .files import written_whole
+from .files import opened, written_whole
 from .masks import overlay
-from .references import opened
 from .script import Script
 
 __all__ = ["Story", "beside", "strip"]

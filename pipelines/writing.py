@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attn_processors.comm import Span
 from ..attn_processors.ops.scopes import Clip
-from .borrowing import upcast_vae
+from .borrowing import device_of, upcast_vae
 from .checkpoint import barrier
 from .film import film_file
 from .recipe import Recipe
@@ -78,8 +78,7 @@ def write_film(pipe: Any, recipe: Recipe, out: Path, latents: Tensor, film: Clip
 @torch.no_grad()
 def decoded(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames of finished latents, (1, C, f, H, W) -> uint8 (f, H, W, 3) on the CPU."""
-    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # if it is offloaded
-    frames = latents[0].transpose(0, 1).to(device, dtype)
+    frames = latents[0].transpose(0, 1).to(device_of(vae), dtype)
     pictures = vae.decode(frames / vae.config.scaling_factor, return_dict=False)[0].float()
     if not bool(pictures.isfinite().all()):
         raise RuntimeError(

@@ -264,6 +264,44 @@ def animatediff_sdxl() -> Any:
     return quiet(AnimateDiffSDXLPipeline(**parts, motion_adapter=adapter.eval()))
 
 
+@cache
+def animatediff_inputs(kind: str, nets: int = 1) -> Any:
+    """Another pipeline of the AnimateDiff family, by a part of its name: "ControlNet", "VideoToVideo", "PAG" and so on."""
+    import diffusers
+
+    parts = dict(animatediff().components)
+    if "Control" in kind:
+        found = [controlnet(seed) for seed in range(nets)]
+        for net in found:  # else the pictures would change nothing
+            torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.5)
+        parts["controlnet"] = found[0] if nets == 1 else found
+    return quiet(getattr(diffusers, f"AnimateDiff{kind}Pipeline")(**parts))
+
+
+@cache
+def animatediff_sparse(simplified: bool = True) -> Any:
+    """AnimateDiff with a sparse ControlNet, which has motion modules of its own."""
+    from diffusers import AnimateDiffSparseControlNetPipeline, SparseControlNetModel
+
+    torch.manual_seed(3)
+    net = SparseControlNetModel(
+        conditioning_channels=4 if simplified else 3,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlockMotion",) * 2,
+        conditioning_embedding_out_channels=(16, 32),
+        motion_num_attention_heads=4,
+        norm_num_groups=8,  # of one channel each, frames without a picture would be constant, and rounding blown up
+        use_simplified_condition_embedding=simplified,
+    ).eval()
+    first = net.controlnet_cond_embedding if simplified else net.controlnet_cond_embedding.conv_out
+    for zeroed in [*net.controlnet_down_blocks, net.controlnet_mid_block, first]:  # else it would change nothing
+        torch.nn.init.normal_(zeroed.weight, std=0.3)
+    return quiet(AnimateDiffSparseControlNetPipeline(**animatediff().components, controlnet=net))
+
+
 def fresh(pipe: Any) -> Any:
     """A copy with denoisers and scheduler of its own; VAE, text encoders and tokenizers are shared, never edited."""
     shared = [part for name, part in pipe.components.items() if name.startswith(("vae", "text_encoder", "tokenizer"))]

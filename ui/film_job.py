@@ -28,7 +28,7 @@ from ..pipelines.image import preview
 from ..pipelines.load import bundled
 from ..pipelines.recipe import Recipe
 from ..pipelines.sheet import contact_sheet, save_sheet, sheet_frames
-from ..pipelines.videos import Video
+from ..pipelines.videos import NUMBERS, Video
 from .attention_form import STOCK, settings_of
 from .image_job import PREVIEW_SHARE, fill_form, read_form, whole
 from .jobs import Kept, Made, Progress
@@ -217,6 +217,12 @@ def fill_film_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         raise ValueError(
             f"The recipe combines {' and '.join(entry['name'] for entry in recipe.attention)} attention and this page can "
             "hold dual-scope alone; use it on the command line: reattend video --recipe."
+        )
+    inputs = [*video.pictures, *(name for name in NUMBERS if getattr(video, name) is not None)]
+    inputs += ["pag_applied_layers"] if video.pag_applied_layers else []
+    if inputs:
+        raise ValueError(
+            f"The recipe has {inputs[0]}, which this page cannot show; use it on the command line: reattend video --recipe."
         )
     form = fill_form(replace(recipe, attention=(), video=None), models)
     del form["attention"]

@@ -48,7 +48,7 @@ class Video(Image):
     """Bundled name, local diffusers folder, or hub id of an AnimateDiff pipeline."""
     negative: Annotated[str | None, TEXT, default("none")] = None
     """What the film should not show."""
-    frames: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.frames)] = None
+    frames: Annotated[int | None, WHOLE, default(f"as many as it is made from, or {DEFAULT_LENGTH.frames}")] = None
     """Frames in all."""
     fps: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.fps)] = None
     """Frames per second of the file."""
@@ -60,6 +60,20 @@ class Video(Image):
     """From this frame on the film shows something else: --then 64 "a blue balloon on sea"."""
     blend: Annotated[int | None, WHOLE, default(DEFAULT_LENGTH.blend)] = None
     """Frames over which a later prompt takes over; 0 = at once."""
+    video: Annotated[Path | None, FILE, default("none")] = None
+    """Film to start from, for a video-to-video model: an MP4 or a folder of pictures, one for every frame."""
+    strength: Annotated[float | None, NUMBER, default("the model's own")] = None
+    """How much of that film may change, above 0 up to 1."""
+    conditioning_frames: Annotated[
+        tuple[Path, ...],
+        UseAppendAction,
+        arg(metavar="PATH", help_behavior_hint="(default: none; repeatable, one for each ControlNet)"),
+    ] = ()
+    """What the ControlNet of the model follows: an MP4 or a folder of pictures, one for every frame."""
+    controlnet_conditioning_scale: Annotated[float | None, NUMBER, default("the model's own")] = None
+    """How closely the ControlNet is followed."""
+    pag_scale: Annotated[float | None, NUMBER, default("the model's own")] = None
+    """Weight of perturbed-attention guidance, for a model with that."""
     attention: Annotated[
         tuple[tuple[str, ...], ...],
         UseAppendAction,
@@ -108,7 +122,9 @@ class Video(Image):
             pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
             try:
                 with stoppable(token, speaks=ranks.speaks), Bar(silent=not ranks.speaks) as bar:
-                    film = long_video(recipe, path, pipe=pipe, clip=self.clip, on_step=bar, cancel=token)
+                    film = long_video(
+                        recipe, path, pipe=pipe, **self._pictures(), clip=self.clip, on_step=bar, cancel=token
+                    )
             except Cancelled:
                 if ranks.speaks:
                     kept = Path(f"{path}.parts").exists()
@@ -136,17 +152,33 @@ class Video(Image):
         if self.model is None and self.recipe is None:
             given["model"] = VIDEO_MODEL
         recipe = self._recipe(given)
-        length = {name: getattr(self, name) for name in ("frames", "fps", "blend") if getattr(self, name) is not None}
+        names = ("frames", "fps", "blend", "strength", "controlnet_conditioning_scale", "pag_scale")
+        length = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.then:
             length["later"] = tuple(_later(words) for words in self.then)
-        return replace(recipe, upscale=None, video=replace(recipe.video or DEFAULT_LENGTH, **length))
+        video, given = recipe.video or DEFAULT_LENGTH, self._pictures()
+        if given:
+            from ..pipelines.film_pictures import digest_of
+
+            word, paths = next(iter(given.items()))
+            path = paths[0] if isinstance(paths, list) else paths
+            length = {"frames": digest_of(f"--{word.replace('_', '-')}", path)[0] or 1} | length
+            length["pictures"] = {word: digest for word, digest in video.pictures.items() if word not in given}
+        return replace(recipe, upscale=None, video=replace(video, **length))
+
+    def _pictures(self) -> dict[str, Any]:
+        """The pictures that were given, as arguments of `long_video`."""
+        rows = list(self.conditioning_frames)
+        given = {"video": self.video, "conditioning_frames": rows[0] if len(rows) == 1 else rows or None}
+        return {word: value for word, value in given.items() if value is not None}
 
     def unfinished(self) -> tuple[Recipe, Path]:
         """The recipe of the film of `--resume`, and its path."""
         from ..pipelines.checkpoint import latest, parts_folder
 
         assert self.resume is not None
-        free = ("resume", "clip", "device", "timeout", "json", "sheet")  # change nothing in the film
+        free = ["resume", "clip", "device", "timeout", "json", "sheet"]  # change nothing in the film
+        free += ["video", "conditioning_frames"]  # are not kept with it
         options = [option for option in fields(self) if option.name not in free]
         given = [option.name for option in options if getattr(self, option.name) != option.default]
         if given:

@@ -27,6 +27,7 @@ FAMILIES = {  # class name -> file
     "UNet3DConditionModel": "unet",
     "UNetMotionModel": "video_unet",
     "ControlNetModel": "unet",
+    "SparseControlNetModel": "video_unet",
     "FluxTransformer2DModel": "flux",
     "FluxControlNetModel": "flux",
     "Flux2Transformer2DModel": "flux2",

@@ -2,7 +2,7 @@
 
 The spatial layers are those of any UNet. A motion module turns the sequence around: every place of the picture is a row,
 and its tokens are the frames. It adds a table of places to the tokens before each of its two self-attentions, and normalises
-over all frames at once. Nothing else in the model mixes frames.
+over all frames at once. Nothing else in the model mixes frames. A sparse ControlNet is the first half of such a UNet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TEMPORAL = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]")
 OUTER = ("conv_in", "conv_norm_out", "conv_act", "conv_out", "time_proj", "time_embedding", "time_embed_act",
-         "add_time_proj", "add_embedding", "encoder_hid_proj")  # fmt: skip
+         "add_time_proj", "add_embedding", "encoder_hid_proj", "controlnet_mid_block")  # fmt: skip
 BLOCK_PARTS = ("resnets", "attentions", "downsamplers", "upsamplers")
 
 
@@ -115,7 +115,8 @@ class VideoUNetFamily(UNetFamily):
     def framewise(self, model: nn.Module) -> list[nn.Module]:
         """The modules between the motion modules: each picture goes through them on its own."""
         parts = [getattr(model, name, None) for name in OUTER]
-        for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
+        parts += list(getattr(model, "controlnet_down_blocks", ()))
+        for block in (*model.down_blocks, model.mid_block, *getattr(model, "up_blocks", ())):
             for name in BLOCK_PARTS:
                 parts += list(getattr(block, name, None) or ())
         return [part for part in parts if part is not None]

@@ -157,7 +157,10 @@ def test_one_panel_without_references_stands_for_all_rows(unet):
 
 
 def test_rows_that_do_not_fit_are_told(unet):
-    with installed(unet, TWO), pytest.raises(LayoutError, match="4 rows.*2 references, 0 captions and 1 panels.*in this order"):
+    with (
+        installed(unet, TWO),
+        pytest.raises(LayoutError, match="4 rows.*2 references, 0 captions and 1 panels.*in this order"),
+    ):
         denoise(unet, noise(4))
 
 

@@ -98,7 +98,9 @@ def test_what_a_film_cannot_use_is_told_in_one_sentence(animatediff, tmp_path):
         long_video(recipe(3), out, pipe=animatediff)
     accelerate.hooks.remove_hook_from_submodules(animatediff.unet)
     animatediff.unet.encoder_hid_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"carries an IP-Adapter, .* call pipe.unload_ip_adapter\(\)"):
+    with pytest.raises(
+        ValueError, match=r"carries an IP-Adapter that a film cannot use: .* call pipe.unload_ip_adapter\(\)"
+    ):
         long_video(recipe(3), out, pipe=animatediff)
     assert not list(tmp_path.iterdir())
 

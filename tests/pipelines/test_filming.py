@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,11 +12,11 @@ import diffusers
 import pytest
 import tiny
 import torch
-from lockstep import lockstep
+from films import close, make, make_on_ranks
 
 from reattend.attn_processors import install
 from reattend.attn_processors.comm import RankLost, split_rows
-from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, filming, long_video, writing
+from reattend.pipelines import Recipe, Video, filming, long_video, writing
 from reattend.pipelines import long_video as package_long_video
 from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.borrowing import Schedule
@@ -25,7 +24,6 @@ from reattend.pipelines.checkpoint import Moment, latest, parts_folder
 from reattend.pipelines.film import partial
 from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
 
-EXACT = 1e-5  # fp32, relative to the largest value: the same sums in another order
 DUAL = {"name": "dual-scope", "window": 4, "anchors": 2}
 
 
@@ -34,51 +32,6 @@ def recipe(frames: int = 7, **more) -> Recipe:
     if "video" not in more:
         more["video"] = Video(frames=frames, later=((3, "a blue car"),), blend=2)
     return Recipe(prompt="a red cat", **(settings | more))
-
-
-class Watch:
-    """Keeps the latents after each step; asks for a stop after some."""
-
-    def __init__(self, stop_after: int | None = None):
-        self.token, self.stop_after, self.latents, self.events = CancelToken(), stop_after, {}, []
-
-    def __call__(self, event) -> None:
-        self.events.append(event)
-        if event.latents is not None:
-            self.latents[event.step] = event.latents.clone()
-        if event.step == self.stop_after:
-            self.token.request()
-
-
-def make(pipe, wanted, out, stop_after=None, **more) -> Watch:
-    watch = Watch(stop_after)
-    try:
-        long_video(wanted, out, pipe=pipe, on_step=watch, cancel=watch.token, clip=3, **more)
-    except Cancelled:
-        assert stop_after is not None
-    return watch
-
-
-def make_on_ranks(monkeypatch, size, wanted, out, change=lambda pipe: None, **more) -> dict[int, torch.Tensor]:
-    """The film's latents after each step, made by ranks that are threads."""
-    comms: dict[int, object] = {}
-    monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: comms[threading.get_ident()])
-    pipes = [tiny.fresh(tiny.animatediff()) for _ in range(size)]
-
-    def work(comm):
-        comms[threading.get_ident()] = comm
-        change(pipes[comm.rank])
-        pipes[comm.rank].tokenizer = copy.deepcopy(pipes[comm.rank].tokenizer)  # not made for threads
-        mine = wanted(comm.rank) if callable(wanted) else wanted
-        return make(pipes[comm.rank], mine, out, **more).latents
-
-    made = lockstep(size, work)
-    monkeypatch.undo()
-    return {step: torch.cat([latents[step] for latents in made], dim=2) for step in made[0]}
-
-
-def close(got, want) -> None:
-    torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
 
 
 @pytest.fixture(scope="module")

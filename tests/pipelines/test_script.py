@@ -12,7 +12,7 @@ from PIL import Image
 
 from reattend.attn_processors.ops.regions import unpack_mask
 from reattend.pipelines import Panel, Script, Subject
-from reattend.pipelines.references import opened
+from reattend.pipelines.files import opened
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "story.json"
 CAT = {"name": "Tom", "phrase": "cat", "prompt": "a blue cat on snow"}

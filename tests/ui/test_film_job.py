@@ -108,8 +108,9 @@ def test_bad_input_is_one_sentence_and_starts_nothing(session, changes, words):
             "agent and dual-scope attention and this page can hold dual-scope alone",
         ),
         (Recipe(prompt="a cat", model="elsewhere", video=Video()), "does not offer the model"),
+        (Recipe(prompt="a cat", model=MODEL, video=Video(strength=0.5)), "has strength, which this page cannot show"),
     ],
-    ids=["picture", "upscale", "two", "model"],
+    ids=["picture", "upscale", "two", "model", "input"],
 )
 def test_an_unusable_recipe_is_one_sentence_and_fills_nothing(tmp_path, recipe, words):
     file = tmp_path / "car.json"
@@ -236,7 +237,7 @@ def test_a_stop_before_the_first_step_keeps_nothing(session, tmp_path):
 
 def test_a_pipeline_that_makes_no_films_says_so(tmp_path):
     job = FilmJob(tmp_path, lambda *_: tiny.fresh(tiny.sd()))
-    with pytest.raises(ValueError, match="makes no film from a text alone"):
+    with pytest.raises(ValueError, match="makes no film; use an AnimateDiff pipeline"):
         job(read_film_form(film_form(**SMALL), [MODEL]), image_job.CancelToken(), lambda _: None)
 
 

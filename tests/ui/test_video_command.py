@@ -71,6 +71,15 @@ def film_of(folder: Path) -> list[str]:
     return ["a red cat", "--model", str(folder), "--seed", "3", "--then", "3", "a blue car", *SHORT]
 
 
+class Interrupting(video_command.Bar):
+    """Presses Ctrl-C after the first step."""
+
+    def __call__(self, event):
+        super().__call__(event)
+        if event.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "cat.mp4"
@@ -142,20 +151,39 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(argv, words, capsys, t
     assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_film_is_made_from_another_and_goes_on(alone, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "video-to-video"
+    tiny.animatediff_inputs("VideoToVideo").save_pretrained(model)
+    size = ["--steps", "4", "--width", "32", "--height", "24", "--seed", "3"]
+    argv = ["video", "a blue car", "--model", str(model), *size, "--video", str(alone), "--strength", "0.5"]
+    whole, out = tmp_path / "whole.mp4", tmp_path / "car.mp4"
+    assert main([*argv, "--out", str(whole)]) == 0
+    made = Recipe.read(whole)
+    assert made.video.frames == 6 and made.video.strength == 0.5 and set(made.video.pictures) == {"video"}
+    again = tmp_path / "again.mp4"
+    assert main(["video", "--recipe", str(whole), "--video", str(alone), "--out", str(again)]) == 0
+    assert np.array_equal(frames_of(again), frames_of(whole))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_command, "Bar", Interrupting)
+        assert main([*argv, "--out", str(out)]) == 130
+    capsys.readouterr()
+    assert main(["video", "--resume", str(out)]) == 2
+    assert "needs video: give the film to start from" in capsys.readouterr().err
+    assert main(["video", "--resume", str(out), "--video", str(alone)]) == 0
+    assert np.array_equal(frames_of(out), frames_of(whole))
+    assert main([*argv, "--frames", "5", "--out", str(tmp_path / "five.mp4")]) == 2
+    assert "video has 6 pictures, but the film has 5 frames" in capsys.readouterr().err
+
+
 def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_folder, tmp_path, capsys):
     assert main(["image", "--recipe", str(alone), "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
     assert "the recipe is that of a film" in capsys.readouterr().err
     assert main(["video", "a cat", "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
-    assert "makes no film from a text alone" in capsys.readouterr().err
+    assert "makes no film; use an AnimateDiff pipeline" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_path, capsys, monkeypatch):
-    class Interrupting(video_command.Bar):
-        def __call__(self, event):
-            super().__call__(event)
-            if event.step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
     out = tmp_path / "cat.mp4"
     argv = ["video", *film_of(folder), "--out", str(out)]
     with monkeypatch.context() as patch:

@@ -1,0 +1,68 @@
+"""Pictures that a film is made from: a list of them, a folder of picture files, or another film.
+
+They are read one after another, as RGB, when they are needed. A film's recipe holds their digest in place of them, so that a
+film that goes on, and every rank, is known to have been given the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from ..attn_processors.comm import Span
+from .files import opened
+from .film import frames_of
+
+__all__ = ["Pictures", "digest_of", "picture_files", "pictures_of"]
+
+Pictures = Sequence[Image.Image] | str | Path
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def pictures_of(name: str, given: Pictures, span: Span | None = None) -> Iterator[Image.Image]:
+    """The pictures, or those from `span[0]` to before `span[1]`, one after another.
+
+    Args:
+        name: what they were given as, for messages.
+        given: pictures, the path of an MP4, or that of a folder of PNG, JPEG or WebP files, taken in the order of names.
+        span: which ones; None = all.
+
+    Raises:
+        ValueError: a file that is not there or cannot be read.
+        TypeError: neither pictures nor a path.
+    """
+    first, end = span or (0, None)
+    if isinstance(given, (str, Path)):
+        path = Path(given).expanduser()
+        if path.is_dir():
+            yield from (opened(file, "picture") for file in picture_files(path)[first:end])
+        elif path.is_file():
+            yield from (Image.fromarray(frame) for frame in islice(frames_of(path, end), first, None))
+        else:
+            raise ValueError(f"{name} {path} is not there; give an MP4 or a folder of pictures")
+        return
+    others = [x for x in given if not isinstance(x, Image.Image)] if isinstance(given, (list, tuple)) else [given]
+    if others:
+        raise TypeError(
+            f"{name} must be a list of PIL pictures, an MP4 or a folder of pictures, got {type(others[0]).__name__}"
+        )
+    yield from (picture.convert("RGB") for picture in given[first:end])
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The picture files of a folder, in the order of their names."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
+def digest_of(name: str, given: Pictures) -> tuple[int, str]:
+    """How many pictures there are, and the SHA-256 of what they show. Raises what `pictures_of` raises."""
+    total, count = hashlib.sha256(), 0
+    for picture in pictures_of(name, given):
+        total.update(f"{picture.width} {picture.height} ".encode())
+        total.update(picture.tobytes())
+        count += 1
+    return count, total.hexdigest()
