@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..attn_processors.installer import denoisers
 from .events import CancelToken, StepEvent
+from .files import opened
 from .image import attention_of, filled_in, generate, stock_call
 from .load import load
 from .picture import Picture
@@ -158,7 +159,7 @@ def _start(recipe: Recipe, growth: Upscale, pipe: Any, multiple: int) -> tuple[I
                 f"width and height are those of the source {growth.source}: got {recipe.width} and {recipe.height}; "
                 "leave them out, and say the scale or the sizes to come"
             )
-        picture = _opened(growth.source)
+        picture = opened(Path(growth.source).expanduser(), "picture")
         return picture, recipe, stage_sizes(growth, picture.size, multiple)
     own = _own_size(pipe) or (None, None)
     width, height = recipe.width or own[0], recipe.height or own[1]
@@ -166,16 +167,6 @@ def _start(recipe: Recipe, growth: Upscale, pipe: Any, multiple: int) -> tuple[I
         raise ValueError(f"{type(pipe).__name__} does not tell its own size; give width and height")
     start = fitting((width, height), multiple)
     return None, replace(recipe, width=start[0], height=start[1]), stage_sizes(growth, start, multiple)
-
-
-def _opened(source: str) -> Image.Image:
-    path = Path(source).expanduser()
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is no picture that can be read"
-        raise ValueError(f"cannot start from {source}: {reason}; give a picture such as a PNG or JPEG file") from None
 
 
 def _later_recipe(recipe: Recipe, growth: Upscale) -> Recipe:

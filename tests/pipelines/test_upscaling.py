@@ -257,7 +257,7 @@ def test_a_picture_of_ones_own_can_be_the_start(sd, tmp_path):
     assert np.array_equal(pixels(picture.image), pixels(again.image))
     source.write_text("no picture")
     for path in (source, tmp_path / "missing.png", tmp_path):
-        with pytest.raises(ValueError, match=f"cannot start from {path}: .*; give a picture"):
+        with pytest.raises(ValueError, match=f"cannot read the picture {path}: .*; give a PNG"):
             upscale(replace(recipe, upscale=Upscale(source=str(path))), pipe=sd)
     with pytest.raises(ValueError, match="width and height are those of the source"):
         upscale(grown(source=str(source)), pipe=sd)

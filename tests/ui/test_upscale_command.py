@@ -82,7 +82,7 @@ BAD = {
     "attention": (["upscale", "a", "--attention", "magic"], "unknown attention: got 'magic'"),
     "shift": (["upscale", "a", "--shift", "3"], "DDIMScheduler has no noise shift"),
     "theta": (["upscale", "a", "--rope-theta-scale", "3"], "no rotary embedding"),
-    "source": (["upscale", "a", "--source", "none.png"], "cannot start from none.png: No such file"),
+    "source": (["upscale", "a", "--source", "none.png"], "cannot read the picture none.png: No such file"),
     "source and size": (["upscale", "a", "--source", "none.png", "--width", "64"], "width and height are those of"),
     "number": (["upscale", "a", "--scale", "much"], "got 'much', need a number"),
 }
