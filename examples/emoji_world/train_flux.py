@@ -65,6 +65,7 @@ class FluxTrainer(Trainer):
     """tiny-flux: transformer, CLIP and T5, at 256 px."""
 
     side = 256
+    lean = 1.0  # what goes wrong is which sprites there are, and that is decided early
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)

@@ -79,6 +79,7 @@ class Trainer:
     """
 
     side: int  # of a scene, in pixels
+    lean = 0.5  # to the noisy side, see `sample_times`
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
 
     def __init__(self, config: Any):
@@ -195,7 +196,7 @@ class Trainer:
             words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
             clean = latents[chosen].float()
             noise = torch.randn(clean.shape, generator=generator)
-            times = sample_times(count, generator)
+            times = sample_times(count, generator, self.lean)
 
             scale = schedule(step, config.steps)
             for optimizer in self.optimizers.values():
@@ -251,15 +252,15 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200) * max(0.01, min(1.0, (steps - step) / (0.2 * steps)))
 
 
-def sample_times(count: int, generator: torch.Generator) -> Tensor:
-    """Stratified times in [0, 1): a third uniform, the rest logit-normal(0.5, 1) as in Esser et al. 2024, section 3.1.
+def sample_times(count: int, generator: torch.Generator, lean: float) -> Tensor:
+    """Stratified times in [0, 1): a third uniform, the rest logit-normal(lean, 1) as in Esser et al. 2024, section 3.1.
 
     They lean to the noisy side, for only there does a caption tell what the noisy picture does not.
     """
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     uniform = uniform[torch.randperm(count, generator=generator)]
     third = count // 3
-    spread = torch.sigmoid(0.5 + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
+    spread = torch.sigmoid(lean + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
     return torch.cat([uniform[:third], spread]).clamp(max=1 - 1e-6)
 
 
