@@ -35,6 +35,7 @@ TEXT_LENGTHS = (24, 64, 512)  # of the T5 tokens; the longest caption of the wor
 LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
 GUIDED_LENGTH_WEIGHTS = (0.5, 0.2, 0.3)  # in the guided steps
 LAYOUT = 0.1  # weight of telling what is where
+GUIDED_EMA = 0.99  # decay of the averaged weights in the guided steps: they must leave those of before behind
 SHIFT = 2.0  # of the sampler's steps towards the noisy side
 
 
@@ -103,6 +104,7 @@ class FluxTrainer(Trainer):
         """What the last steps learn: the guided velocity of the averaged weights from before them."""
         if self.teacher is None:
             self.teacher = self.frozen_teacher()
+            self.ema.decay = GUIDED_EMA
         with_caption = self.velocity(self.teacher, mixed, words, times, TEXT_LENGTHS[0])
         without = self.velocity(self.teacher, mixed, [""] * len(words), times, TEXT_LENGTHS[0])
         return without.lerp(with_caption, self.config.guidance)
