@@ -29,6 +29,7 @@ from .borrowing import device_of, in_float32
 from .files import opened
 from .film_pictures import digest_of, pictures_of
 from .noise import generator
+from .perturbed import check_layers
 from .recipe import Recipe
 from .sparse_control import SparseConditions
 from .stream import PerFrame
@@ -87,6 +88,8 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
     if layers and "pag_scale" not in accepts:
         raise ValueError(f"{name} perturbs no layers, got pag_applied_layers {', '.join(layers)}; leave them out")
     numbers = _numbers(recipe, pipe, accepts, scales)
+    if numbers.get("pag_scale"):
+        check_layers(pipe, layers)
     return replace(recipe, video=replace(video, pictures=pictures, pag_applied_layers=layers, **numbers))
 
 
