@@ -25,10 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..attn_processors.comm import Span
-from .borrowing import device_of, in_float32
+from .borrowing import in_float32
 from .files import opened
 from .film_pictures import digest_of, pictures_of
 from .noise import generator
+from .offloading import device_of
 from .perturbed import check_layers
 from .recipe import Recipe
 from .sparse_control import SparseConditions
@@ -208,7 +209,7 @@ class FilmInputs:
         if adapters(pipe):
             guided = self.recipe.guidance is not None and self.recipe.guidance > 1
             picture = _one("ip_adapter_image", self.given["ip_adapter_image"])
-            device = pipe.image_encoder.device if pipe.image_encoder is not None else pipe.device
+            device = device_of(pipe.image_encoder) if pipe.image_encoder is not None else pipe.device
             values["ip_adapter_image_embeds"] = pipe.prepare_ip_adapter_image_embeds(picture, None, device, 1, guided)
         return {word: value for word, value in values.items() if word in self.accepts and value is not None}
 

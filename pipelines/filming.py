@@ -27,7 +27,7 @@ from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, join_controlnet, kept_on_host
+from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -38,6 +38,7 @@ from .film_pictures import Pictures
 from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
 from .load import load
 from .noise import PerFrameStep, frame_noise
+from .offloading import device_of, kept_on_host
 from .perturbed import perturbed
 from .prompts import FramePrompts
 from .recipe import Recipe
@@ -298,7 +299,7 @@ class _Making:
         wanted = inspect.signature(pipe.encode_prompt).parameters
         once = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in wanted}
         encode = functools.partial(
-            pipe.encode_prompt, device=pipe.text_encoder.device, do_classifier_free_guidance=guided, **once
+            pipe.encode_prompt, device=device_of(pipe.text_encoder), do_classifier_free_guidance=guided, **once
         )
         prompts = [recipe.prompt, *(text for _, text in video.later)]
         made = {text: encode(text, negative_prompt=recipe.negative or None) for text in dict.fromkeys(prompts)}
