@@ -9,9 +9,8 @@ see the pictures, so they are what the stock model makes of their prompts.
 Softmax does not care about the order of keys. So in models without a rotary embedding moving a reference does nothing,
 and what resampling changes is how much weight it has and how smooth it is.
 
-What is where is said by boxes, by masks, or read from attention maps as the picture comes about (`subjects`,
-`attention_maps`). Only the attention calls are kept apart: text, convolutions and the background still carry
-something between subjects from layer to layer.
+What is where is said by boxes, by masks, or read from attention maps as the picture comes about (`attention_maps`). Only
+the attention calls are kept apart: text, convolutions and the background still carry something between subjects.
 """
 
 from __future__ import annotations
@@ -49,18 +48,18 @@ Window = tuple[float, float]
 class IsolationRepositionAttnProcessor(AttnMethod):
     """Keep subjects apart, and like their references, in UNets, FLUX and Stable Diffusion 3.
 
-    The rows of a call are, in every guidance branch, the references, the captions, and the panels: give the pipeline the
-    prompts in that order. Without references, one panel stands for any number of rows. `reattend.pipelines.story` does it
-    all; without any panel the attention is stock.
+    The rows of a call are, in every guidance branch, the references, the captions of the panels' places where
+    `caption_rows`, and the panels: give the pipeline the prompts in that order. Without references, one panel stands
+    for any number of rows. `reattend.pipelines.story` does it all; without any panel the attention is stock.
 
     Raises ValueError for a value outside its range, TypeError for one of the wrong type.
     """
 
     panels: tuple[tuple[Place, ...], ...] = ()  # who is where in each picture
     references: tuple[Place, ...] = ()  # one for each reference; several of one subject share its weight
-    captions: tuple[
-        str, ...
-    ] = ()  # in joint layers, which have text in their rows alone: every caption of the panels' places
+    caption_rows: bool = (
+        False  # in joint layers, which have text in their rows alone: captions of places are rows of the call
+    )
     # rows of the same call; a bank filled by an earlier one; "record" fills the bank
     source: Literal["rows", "bank", "record"] = "rows"
     strength: float = 1.0  # share of a subject's tokens that see its references at each step, 0 to 1; more = more alike
@@ -126,7 +125,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if self.source == "record":
             return not self.references
         nobody = not any(place.subject for panel in self.panels for place in panel)
-        return nobody or (self.isolate is None and not self._refers and not self.captioned)
+        return nobody or (self.isolate is None and not self._refers and not self.captions)
 
     @property
     def phased(self) -> bool:
@@ -143,7 +142,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     @property
     def rows_in_front(self) -> int:
         """Rows of references and captions in every branch."""
-        return self.reference_rows + len(self.captions)
+        return self.reference_rows + (len(self.captions) if self.caption_rows else 0)
 
     @property
     def reference_rows(self) -> int:
@@ -153,12 +152,14 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     @property
     def broadcast(self) -> bool:
         """Whether one panel stands for all rows of the call."""
-        return len(self.panels) == 1 and not self.references and not self._automatic and not self.captioned
+        return len(self.panels) == 1 and not self.references and not self._automatic and not self.captions
 
     @property
-    def captioned(self) -> bool:
-        """Whether a place reads a caption of its own."""
-        return bool(self.text_mix) and any(place.caption for panel in self.panels for place in panel)
+    def captions(self) -> list[tuple[int, str, str]]:
+        """(panel, subject, caption) of every place that reads a caption of its own, in the order of their rows."""
+        if not self.text_mix:
+            return []
+        return [(i, one.subject, one.caption) for i, panel in enumerate(self.panels) for one in panel if one.caption]
 
     @property
     def _automatic(self) -> bool:
@@ -172,8 +173,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
         if context.batch % rows:
             raise LayoutError(
                 f"the call has {context.batch} rows, which is no multiple of the {self.reference_rows} references, "
-                f"{len(self.captions)} captions and {len(self.panels)} panels; give the pipeline one prompt for each, in "
-                "this order."
+                f"{self.rows_in_front - self.reference_rows} captions and {len(self.panels)} panels; give the pipeline one "
+                "prompt for each, in this order."
             )
         return context.batch // rows
 
@@ -188,8 +189,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             cast.check(context)
         if self.source != "rows" and cast.bank is None:
             raise RuntimeError(f"source={self.source!r} needs a bank; reattend.pipelines.story makes it.")
-        told = {place.caption for panel in self.panels for place in panel if place.caption} if self.captioned else set()
-        if told - {*cast.captions, *self.captions}:
+        if not self.caption_rows and not {caption for *_, caption in self.captions} <= set(cast.captions):
             raise RuntimeError("the captions of places have to be encoded; reattend.pipelines.story does that.")
         cast.begin(context)
         if (maps := self.maps(context)) is not None:
@@ -222,7 +222,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
                     f"text_mix needs layers that read text and that we reach, which {type(context.model).__name__} has "
                     "not; leave it 0."
                 )
-            if self.source != "rows" and not self.captioned:
+            if self.source != "rows" and not self.captions:
                 raise ValueError(
                     "text_mix in joint layers reads the references' text in their own rows, and a bank keeps none; leave "
                     "out the bank, or text_mix."
@@ -256,7 +256,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
         valid = None if call.mask is None else call.mask[:, 0, 0]
         plans = [plan for number in range(len(self.panels)) for plan in self._plans(call, cast, number, phase, refer)]
-        if not any(readers or len(groups) > 1 for *_, groups, readers in plans):
+        if not any(readers or len(groups) > 1 or groups[0].told for *_, groups, readers in plans):
             return call.softmax(call.q, call.k, call.v, mask=call.mask).flatten(2)
         q, k, v = call.q, call.k, call.v
         out = torch.empty_like(q)
@@ -270,7 +270,7 @@ class IsolationRepositionAttnProcessor(AttnMethod):
             extra = {s: [self._extra(call, cast, one, len(rows)) for one in several] for s, several in readers.items()}
             seen = None if valid is None else valid[rows]
             out[rows] = grouped_attention(q[rows], k[rows], v[rows], groups, extra, call.softmax, seen)
-            if readers and self.text_mix and call.text_places:
+            if self.text_mix and call.text_places and any(group.subjects or group.told for group in groups):
                 own = own_rows(call, cast, number, rows, readers)
                 out[rows] = mixed_jointly(call, rows, groups, extra, own, out[rows])
         return out.flatten(2)
@@ -278,15 +278,15 @@ class IsolationRepositionAttnProcessor(AttnMethod):
     def _plans(self, call: LayerCall, cast: Cast, number: int, phase: int, refer: bool) -> list[tuple]:
         """(number, rows, groups, readers by subject) of one panel, apart for branches with references and without."""
         isolate = bool(phase & ISOLATE)
-        told = cast.told_in(number, call) if self.captions and self.captioned and call.text_places else []
-        readers = {subject: [] for subject in told} | dict(cast.readers(number, call) if refer else {})
-        with_references = cast.reference_branches() if readers else []
+        told = cast.told_in(number, call) if self.caption_rows and call.text_places else []
+        readers = cast.readers(number, call) if refer else {}
+        with_references = cast.reference_branches() if readers or told else []
         without = [branch for branch in cast.all_branches if branch not in with_references]
         plans = []
-        for branches, reads in ((with_references, readers), (without, {})):
+        for branches, reads, hears in ((with_references, readers, told), (without, {}, [])):
             if branches:
                 rows = cast.rows("panel", number, call.context, branches)
-                plans.append((number, rows, cast.groups(number, call, isolate, reads), reads))
+                plans.append((number, rows, cast.groups(number, call, isolate, reads, hears), reads))
         return plans
 
     def _extra(self, call: LayerCall, cast: Cast, reader: Reader, rows: int) -> Extra:

@@ -193,12 +193,17 @@ class Cast:
         return self._cache[key]
 
     def groups(
-        self, number: int, call: LayerCall, isolate: bool, readers: Mapping[int, Sequence[Reader]]
+        self,
+        number: int,
+        call: LayerCall,
+        isolate: bool,
+        readers: Mapping[int, Sequence[Reader]],
+        told: Sequence[int] = (),
     ) -> list[Group]:
-        """The groups of a panel's sequence in this layer."""
-        random = self.method.strength < 1 and any(readers.values())
+        """The groups of a panel's sequence in this layer; `told`: subjects that read captions of their own in it."""
+        random = self.method.strength < 1 and bool(readers)
         moment = self.step if random else None
-        key = ("groups", number, call.layout, isolate, tuple(readers), moment, call.q.device)
+        key = ("groups", number, call.layout, isolate, tuple(readers), tuple(told), moment, call.q.device)
         if key not in self._cache:
             layout = call.layout
             owner, _ = self.owner(number, layout.shape)
@@ -208,8 +213,8 @@ class Cast:
             if random:
                 reading = torch.zeros(layout.tokens, dtype=torch.bool)
                 reading[layout.grid] = self._reading(owner, layout.shape)
-            referred = sum(1 << subject for subject in readers)
-            found = isolation_groups(whole, isolate=isolate, reading=reading, referred=referred)
+            referred, heard = (sum(1 << subject for subject in each) for each in (readers, told))
+            found = isolation_groups(whole, isolate=isolate, reading=reading, referred=referred, told=heard)
             self._cache[key] = [_moved(group, call.q.device) for group in found]
         return self._cache[key]
 
@@ -298,4 +303,4 @@ class Cast:
 
 def _moved(group: Group, device: torch.device) -> Group:
     keys = None if group.keys is None else group.keys.to(device)
-    return Group(group.queries.to(device), keys, group.subjects)
+    return Group(group.queries.to(device), keys, group.subjects, group.told)

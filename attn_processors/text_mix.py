@@ -12,8 +12,8 @@ Attention works query by query, so only the subject's own tokens are computed a 
 
 In joint layers text and picture share one softmax, and text changes from layer to layer. So captions are further rows of
 the call, drawn from the noise of their panel, and the second answer is that of the same keys with the caption's (or the
-reference's) text, as that layer has it in its row, in place of the panel's. Where a share `strength` of a subject's queries
-sees references, only these get text of their own; then m = text_mix / 2 for the text of references.
+reference's) text, as that layer has it in its row, in place of the panel's, in the branches that see references. The text
+of a reference reaches only the queries that see it in a step, a share `strength` of the subject's; for these m = text_mix / 2.
 """
 
 from __future__ import annotations
@@ -143,18 +143,18 @@ def own_rows(
 ) -> dict[int, tuple[list[list[int]], float]]:
     """By subject of a panel: the rows of the call whose text it reads, each time for all `rows` of the panel, and m."""
     method = cast.method
-    captions = {cast.subjects.index(one.subject): one.caption for one in method.panels[number] if one.subject}
 
     def for_all(kind: str, which: int) -> list[int]:
         found = cast.rows(kind, which, call.context, cast.reference_branches())
         return [row for row in found for _ in range(len(rows) // len(found))]
 
     own = {}
-    for subject, several in readers.items():
-        if captions[subject]:
-            own[subject] = [for_all("caption", method.captions.index(captions[subject]))], method.text_mix
-        elif method.source == "rows":
-            own[subject] = [for_all("reference", one.number) for one in several], REFERENCE_SHARE * method.text_mix
+    if method.source == "rows" and method.strength:
+        share = REFERENCE_SHARE * method.text_mix
+        own = {s: ([for_all("reference", one.number) for one in several], share) for s, several in readers.items()}
+    for which, (panel, subject, _) in enumerate(method.captions if method.caption_rows else ()):
+        if panel == number:
+            own[cast.subjects.index(subject)] = [for_all("caption", which)], method.text_mix
     return own
 
 
@@ -177,6 +177,8 @@ def mixed_jointly(
     Raises:
         ValueError: the call hides padded text, whose places differ between rows.
     """
+    if not own:
+        return out
     if call.mask is not None:
         raise ValueError(f"layer {call.name!r}: text_mix does not work where padded text is masked; leave it 0.")
     q, k, v = call.q[rows], call.k[rows], call.v[rows]
@@ -186,16 +188,18 @@ def mixed_jointly(
     result = out.clone()
     for group in groups:
         keys = no_text.nonzero().flatten() if group.keys is None else group.keys[no_text[group.keys]]
-        bare, before = Group(group.queries, keys, group.subjects), out[:, group.queries]
+        before, both = out[:, group.queries], tuple(dict.fromkeys((*group.subjects, *group.told)))
+        seen = {subject: extra[subject] for subject in group.subjects}
         changes = []
-        for subject in (one for one in group.subjects if one in own):
+        for subject in (one for one in both if one in own):
             several, share = own[subject]
             answers = []
             for theirs in several:
                 mine = Extra(call.k[theirs][:, text], call.v[theirs][:, text])
-                given = {**extra, subject: [*extra[subject], mine]}
+                given = {**seen, subject: [*seen.get(subject, ()), mine]}
+                bare = Group(group.queries, keys, both)
                 answers.append(grouped_attention(q, k, v, [bare], given, call.softmax)[:, group.queries])
             changes.append(share * (torch.stack(answers).mean(0) - before))
         if changes:
-            result[:, group.queries] = before + torch.stack(changes).sum(0) / len(group.subjects)
+            result[:, group.queries] = before + torch.stack(changes).sum(0) / len(both)
     return result

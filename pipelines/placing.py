@@ -17,7 +17,6 @@ import numpy as np
 from ..attn_processors import Place
 from .image import filled_in
 from .masks import as_place, text_tokens, words_of
-from .own_words import own_caption
 from .script import Panel, Script, Subject
 
 __all__ = ["filled_in_story", "panel_places", "reference_place"]
@@ -25,8 +24,10 @@ __all__ = ["filled_in_story", "panel_places", "reference_place"]
 
 def filled_in_story(script: Script, pipe: Any) -> Script:
     """The script with sizes, seeds, guidance, places and versions as they will be used."""
-    prompts = [*(subject.drawn for subject in script.subjects), *(panel.prompt for panel in script.panels)]
-    prompts += [own_caption(script, i, one) or "-" for i in range(len(script.panels)) for one in script.subjects]
+    prompts = [
+        *(subject.drawn for subject in script.subjects if subject.has_reference),
+        *(panel.prompt for panel in script.panels),
+    ]
     recipes = [filled_in(replace(script.recipe(prompt), seed=script.seed), pipe) for prompt in dict.fromkeys(prompts)]
     recipe = recipes[0]
     assert recipe.seed is not None

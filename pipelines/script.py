@@ -65,8 +65,6 @@ class Subject:
             object.__setattr__(self, part, getattr(self, part).strip())
         if not self.phrase:
             object.__setattr__(self, "phrase", self.name)
-        if not self.looks and not self.prompt:
-            object.__setattr__(self, "prompt", self.phrase)
         if self.picture is not None:
             check_text(f"picture of {self.name!r}", self.picture, 4_000)
         if self.seed is not None:
@@ -79,8 +77,8 @@ class Subject:
 
     @property
     def has_reference(self) -> bool:
-        """Whether it asks for a reference picture."""
-        return bool(self.prompt) or self.picture is not None
+        """Whether it asks for a reference picture: by a prompt, with a picture, or for want of words."""
+        return bool(self.prompt) or self.picture is not None or not self.looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +275,7 @@ class Script:
 
         if not isinstance(self.consistency, Mapping):
             raise TypeError(f"consistency must map settings to values, got {self.consistency!r}")
-        ours = ("panels", "references", "captions", "source", "strength")
+        ours = ("panels", "references", "caption_rows", "source", "strength")
         if taken := [name for name in self.consistency if name in ours]:
             raise ValueError(f"consistency cannot set {taken[0]!r}: the story itself does")
         IsolationRepositionAttnProcessor.from_settings(self.consistency)

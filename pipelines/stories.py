@@ -26,7 +26,7 @@ from .files import opened
 from .image import attention_of, stock_rows
 from .load import load
 from .masks import as_place
-from .own_words import encoded, own_caption
+from .own_words import captioned_places, check_captions, encoded
 from .placing import filled_in_story, panel_places, reference_place
 from .references import Pinned, fitted, plan_for
 from .script import Panel, Script, Subject
@@ -35,7 +35,7 @@ from .told import Story
 __all__ = ["USUAL", "story"]
 
 # What works best on the bundled models; a story's `consistency` changes single settings.
-USUAL = {"branches": "cond"}
+USUAL = {"branches": "cond", "text_mix": 1.0}
 USUAL_UNET = {"reference_layers": "up_blocks"}
 Find = Callable[[Image.Image, list[str]], Sequence["Box | str | None"]]
 
@@ -125,6 +125,8 @@ class _Job:
             for name, where in [*(panel.places or {}).items(), *(panel.found or {}).items()]:
                 if where is not None:
                     as_place(name, where)
+        if self.settings["text_mix"]:
+            check_captions(self.pipe, self.script, [number for group in groups for number in group])
         if self.find is None:
             for number in (number for group in groups for number in group):
                 panel_places(self.pipe, self.script, number)
@@ -136,30 +138,33 @@ class _Job:
         panels = []
         for number in group:
             places, lost = panel_places(self.pipe, self.script, number)
-            panels.append(self._captioned(number, places))
+            panels.append(captioned_places(self.script, number, places))
             made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
         subjects = [one for name in names if (one := self.script.subject(name)).has_reference]
         names = [one.name for one in subjects]
         if not self.script.strength or self.settings.get("refer", ()) is None:
             subjects = []
-        captions = {place.caption: number for number, row in zip(group, panels, strict=True) for place in row}
-        # without captions, text of one's own in joint layers is that of references, which a bank does not keep
-        mix = self.settings.get("text_mix", 1.0 if self.unet or any(captions) else 0.0)
-        captions = {caption: number for caption, number in captions.items() if caption and mix}
+        captioned = any(place.caption for row in panels for place in row)
+        mix = self.settings["text_mix"]
+        if not self.unet and not captioned and "text_mix" not in self.script.consistency:
+            mix = 0.0  # text of one's own would be that of references, which a bank does not keep
         method = IsolationRepositionAttnProcessor.from_settings(
             {
                 **self.settings,
                 "text_mix": mix,
-                "captions": () if self.unet else tuple(captions),
+                "caption_rows": captioned and not self.unet,
                 "panels": tuple(panels),
                 "references": tuple(self._reference(subject) for subject in subjects),
                 "source": "rows" if self.script.bank is None or not subjects else "bank",
             }
         )
-        if not subjects and not method.captioned:
+        if not subjects and not method.captions:
             method = replace(method, text_mix=0.0)
-        texts = encoded(self.pipe, list(captions)) if self.unet else {}
+        captions = method.captions
+        texts = encoded(self.pipe, [caption for *_, caption in captions]) if self.unet else {}
+        if not method.caption_rows:
+            captions = []
         bank = None
         if method.source == "bank":
             bank, pictures = self._fill(method, subjects, made)
@@ -168,8 +173,8 @@ class _Job:
             self.call += 1
         rows = subjects if method.source == "rows" else []
         shown = [self.script.panels[number] for number in group]
-        noise = [self.script.panels[captions[caption]].seed for caption in method.captions]
-        prompts = [*(one.drawn for one in rows), *method.captions, *(panel.prompt for panel in shown)]
+        noise = [shown[panel].seed for panel, *_ in captions]
+        prompts = [*(one.drawn for one in rows), *(caption for *_, caption in captions), *(one.prompt for one in shown)]
         seeds = [*(one.seed for one in rows), *noise, *(panel.seed for panel in shown)]
         with self._inside(method, bank, group.start, texts) as contexts:
             pictures = self._run(prompts, seeds, rows)
@@ -182,11 +187,6 @@ class _Job:
     def _reference(self, subject: Subject) -> Place:
         """Where a subject is in the picture of its row."""
         return self.cut[subject.name][1] if subject.name in self.cut else reference_place(self.pipe, subject)
-
-    def _captioned(self, number: int, places: tuple[Place, ...]) -> tuple[Place, ...]:
-        """The places of a panel, each with the caption as its subject reads it."""
-        own = {one.name: own_caption(self.script, number, one) for one in self.script.subjects}
-        return tuple(replace(place, caption=own.get(place.subject, "")) for place in places)
 
     def _rehearse(self, group: range, made: Story) -> None:
         """Find who has no place, in what the stock model makes of the same prompts and seeds."""
@@ -232,7 +232,9 @@ class _Job:
         self, method: IsolationRepositionAttnProcessor, subjects: Sequence[Subject], made: Story
     ) -> tuple[Bank, list[Image.Image]]:
         """A bank of these references, and their pictures. Raises MemoryError before the first step if it cannot fit."""
-        recorder = replace(method, panels=(), source="record")
+        recorder = replace(method, panels=(), caption_rows=False, source="record")
+        if not self.unet:
+            recorder = replace(recorder, text_mix=0.0)
         with self._inside(recorder, None) as contexts:  # other attention leaves us fewer layers
             plan = plan_for(self.pipe, self.script, recorder, contexts[0])
         bank = plan.bank(self.script.bank)

@@ -74,7 +74,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "backend": ("Who computes it", "Same picture; auto takes the fastest that runs here"),
     "panels": ("Who is where", "Such as (({'subject': 'cat', 'box': (0, 0, 0.5, 1)},),); without it nothing changes"),
     "references": ("References", "Rows in front of the pictures; a story makes them"),
-    "captions": ("Captions of subjects", "Rows after the references, in joint layers; a story makes them"),
+    "caption_rows": ("Captions of subjects", "Rows after the references, in joint layers; a story makes them"),
     "source": ("Where references come from", "rows of the same call, or a bank; a story chooses"),
     "strength": ("How strongly subjects follow their references", "0 to 1"),
     "isolate": ("When subjects are kept apart", "From and to which share of the steps"),

@@ -156,6 +156,8 @@ def _unpacked(story: Path) -> tuple[bytes, Callable[[str], bytes | None]]:
 
     try:
         with zipfile.ZipFile(story) as archive:
+            if any(one.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for one in archive.infolist()):
+                raise zipfile.BadZipFile("ours are stored; other ways to pack bring decoders and errors of their own")
             found = [name for name in archive.namelist() if PurePosixPath(name).name == STORY]
     except zipfile.BadZipFile:
         raise ValueError(f"The file {story.name} is no zip that can be read; choose one that this page made.") from None

@@ -43,15 +43,17 @@ class Group:
         queries: places in the sequence, int64.
         keys: places in the sequence, int64; None = all of them.
         subjects: whose extra keys are seen as well.
+        told: whose own text is read.
     """
 
     queries: Tensor
     keys: Tensor | None
     subjects: tuple[int, ...] = ()
+    told: tuple[int, ...] = ()
 
 
 def isolation_groups(
-    owner: Tensor, *, isolate: bool = True, reading: Tensor | None = None, referred: int = 0
+    owner: Tensor, *, isolate: bool = True, reading: Tensor | None = None, referred: int = 0, told: int = 0
 ) -> list[Group]:
     """Sort the tokens of a sequence into groups.
 
@@ -60,6 +62,7 @@ def isolation_groups(
         isolate: False: every token sees the whole picture, and only the references differ.
         reading: bool, shape (L,): which tokens may see their references; None = all.
         referred: bits of the subjects that have extra keys.
+        told: bits of the subjects that read text of their own.
 
     Returns:
         Groups whose queries are disjoint and together the whole sequence; none is empty.
@@ -69,11 +72,13 @@ def isolation_groups(
         mine = owner == code
         keys = ((owner == 0) | (owner & code != 0)) if isolate and code else None
         seen = None if keys is None or bool(keys.all()) else keys.nonzero().flatten()
-        subjects = tuple(i for i in range(code.bit_length()) if code & referred & (1 << i))
+        subjects, hears = (
+            tuple(i for i in range(code.bit_length()) if code & bits & (1 << i)) for bits in (referred, told)
+        )
         parts = [(mine, subjects)]
         if subjects and reading is not None:
             parts = [(mine & reading, subjects), (mine & ~reading, ())]
-        groups += [Group(part.nonzero().flatten(), seen, reads) for part, reads in parts if bool(part.any())]
+        groups += [Group(part.nonzero().flatten(), seen, reads, hears) for part, reads in parts if bool(part.any())]
     return groups
 
 

@@ -54,7 +54,6 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "sampled tokens": None,
 }
 THIRD = ("position only", "sampled tokens")
-NO_TEXT_LAYERS = ("own words",)  # arms that need a UNet
 
 
 def compare(
@@ -75,7 +74,7 @@ def compare(
         model: a loaded pipeline of the emoji world, or what `load` takes.
         out: folder of `results.jsonl`, `summary.json`, and a strip of the first stories for each arm.
         pairs, triples: stories of two and of three characters.
-        arms: names from ARMS; "stock" is always among them. Arms a model cannot run are left out and named.
+        arms: names from ARMS; "stock" is always among them.
         on_progress: called with stories done and in all.
 
     Returns:
@@ -90,7 +89,7 @@ def compare(
         raise ValueError(f"got {pairs} pairs and {triples} triples, need at least one story")
     pipe = load(model) if isinstance(model, (str, Path)) else model
     unet = getattr(pipe, "unet", None) is not None
-    chosen = ["stock", *(arm for arm in arms if arm != "stock" and (unet or arm not in NO_TEXT_LAYERS))]
+    chosen = ["stock", *(arm for arm in arms if arm != "stock")]
     settings = {
         "pairs": pairs, "triples": triples, "steps": steps, "seed": seed, "model": fingerprint(pipe),
         "reader": reader_digest(), "arms": {arm: ARMS[arm] for arm in chosen},
@@ -147,12 +146,9 @@ def _made(pipe: Any, tale: Tale, i: int, arm: str, steps: int, results: Results,
 
 def _story(pipe: Any, script: Script, arm: str, rehearse: bool = False) -> Story:
     settings = ARMS[arm]
-    unet = getattr(pipe, "unet", None) is not None
     if settings is None:
         return _sampled(pipe, script)
     consistency = {name: value for name, value in settings.items() if name != "strength"}
-    if not unet:
-        consistency.pop("text_mix", None)
     arranged = replace(script, consistency=consistency, strength=settings.get("strength", 1.0))
     if not rehearse:
         return story(arranged, pipe=pipe)

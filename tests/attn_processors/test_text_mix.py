@@ -10,7 +10,7 @@ import tiny
 import torch
 from two_subjects import ALONE, LEFT, PROMPTS, REFERENCES, RIGHT, TWO, pictures
 
-from reattend.attn_processors import IsolationRepositionAttnProcessor, Place, installed
+from reattend.attn_processors import IsolationRepositionAttnProcessor, Place, installed, isolation_reposition, text_mix
 from reattend.attn_processors.families.joint import JointCall
 from reattend.attn_processors.ops.groups import Extra, dense_reference
 from reattend.attn_processors.ops.regions import box_tokens, owners
@@ -19,7 +19,7 @@ EXACT = 1e-5  # fp32, other orders of summation
 PANEL = (Place(subject="cat", box=LEFT), Place(subject="dog", box=(0.25, 0.0, 1.0, 1.0)))  # they share some tokens
 TOLD = (replace(PANEL[0], caption="a blue cat"), PANEL[1])
 MIXED = replace(TWO, text_mix=0.4, overlap="shared", panels=(PANEL,), references=(*REFERENCES, Place(subject="cat")))
-CAPTIONED = replace(MIXED, panels=(TOLD,), references=REFERENCES, captions=("a blue cat",))
+CAPTIONED = replace(MIXED, panels=(TOLD,), references=REFERENCES, caption_rows=True)
 FOUR = ["a cat", "a dog", "a blue cat", PROMPTS[2]]
 
 
@@ -81,7 +81,7 @@ def judged(
     no_text = torch.ones(1, call.layout.tokens, dtype=torch.bool)
     no_text[:, text] = False
     own: dict[int, torch.Tensor] = {}
-    for subject, numbers in {0: (2,) if method.captions else (0, 2), 1: (1,)}.items():
+    for subject, numbers in {0: (2,) if method.caption_rows else (0, 2), 1: (1,)}.items():
         rows = [branch * 4 + number for number in numbers]
         texts = [Extra(call.k[[one]][:, text], call.v[[one]][:, text]) for one in rows]
         answers = [
@@ -90,7 +90,7 @@ def judged(
         ]
         own[subject] = torch.stack(answers).mean(0)
     result = want.clone()
-    share = {0: 0.4 if method.captions else 0.2, 1: 0.2}  # half for the text of references
+    share = {0: 0.4 if method.caption_rows else 0.2, 1: 0.2}  # half for the text of references
     change = {subject: share[subject] * (own[subject] - want) for subject in own}
     for code, mix in {1: change[0], 2: change[1], 3: (change[0] + change[1]) / 2}.items():
         mine = owner == code
@@ -103,9 +103,7 @@ def judged(
 def test_a_subject_that_fills_the_panel_draws_the_picture_of_its_caption(family, request):
     pipe = request.getfixturevalue(family)
     place = Place(subject="cat", box=(0, 0, 1, 1), caption="a red cat")
-    method = IsolationRepositionAttnProcessor(
-        panels=((place,),), captions=("a red cat",), text_mix=1.0, branches="cond"
-    )
+    method = IsolationRepositionAttnProcessor(panels=((place,),), caption_rows=True, text_mix=1.0, branches="cond")
 
     def drawn() -> torch.Tensor:
         generators = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)]
@@ -127,8 +125,30 @@ def test_a_subject_that_fills_the_panel_draws_the_picture_of_its_caption(family,
     assert not torch.allclose(stock[1], stock[0], atol=1e-4)
 
 
+def test_captions_reach_all_of_their_subject_however_few_tokens_see_references(flux):
+    def told(strength: float) -> int:
+        method, found = replace(CAPTIONED, strength=strength), []
+        with installed(flux, method) as handle:
+            mixed = text_mix.mixed_jointly
+
+            def watched(call: Any, rows: Any, groups: Any, *more: Any) -> torch.Tensor:
+                found.append(sum(len(group.queries) for group in groups if 0 in group.told))
+                return mixed(call, rows, groups, *more)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(isolation_reposition, "mixed_jointly", watched)
+                pictures(flux, FOUR if strength else FOUR[2:], num_inference_steps=1)
+        assert handle and found
+        return found[0]
+
+    assert told(0.05) == told(1.0) == 8 * 8 // 2
+    without = replace(CAPTIONED, references=(), strength=0.0)
+    with installed(flux, without):
+        pictures(flux, FOUR[2:], num_inference_steps=1)
+
+
 def test_a_caption_without_a_row_is_told(flux):
-    method = replace(CAPTIONED, captions=(), references=())
+    method = replace(CAPTIONED, caption_rows=False, references=())
     with installed(flux, method), pytest.raises(RuntimeError, match="captions of places have to be encoded"):
         pictures(flux, ["a cat and a dog"])
 

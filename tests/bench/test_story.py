@@ -63,21 +63,17 @@ def test_overheads_are_medians_of_those_within_a_round():
 
 def test_the_arms_do_what_they_say(bench):
     case, outputs = Case(64), {}
-    from reattend.attn_processors import installed
 
     for arm in (STOCK, ISOLATION_2, STOCK_ROWS, STORY):
-        method = bench.method(arm)
-        with torch.no_grad():
-            if method is None:
-                outputs[arm] = bench.step(case, arm)(600.0).sample
-            else:
-                with installed(bench.unet, method):
-                    outputs[arm] = bench.step(case, arm)(600.0).sample
+        with torch.no_grad(), bench.applied(arm):
+            outputs[arm] = bench.step(case, arm)(600.0).sample
     assert [len(x) for x in outputs.values()] == [2, 2, 6, 6]
     assert not torch.allclose(outputs[STOCK], outputs[ISOLATION_2], atol=1e-4)
     references, panel = [0, 1, 3, 4], 5
     torch.testing.assert_close(outputs[STORY][references], outputs[STOCK_ROWS][references], atol=1e-5, rtol=0)
     assert not torch.allclose(outputs[STORY][panel], outputs[STOCK_ROWS][panel], atol=1e-4)
+    method = bench.method(STORY)
+    assert (method.text_mix, len(method.captions), len(method.references)) == (1.0, 2, 2)
 
 
 def test_rounds_that_do_not_fit_the_time_limit_are_left_out(capsys, monkeypatch, bench):

@@ -2,16 +2,16 @@
 
 A step of the Stable Diffusion 1.5 UNet with random weights and guidance (two rows a picture), one panel, every subject
 in a box of its own. The arms are stock, stock once more (the noise of the measurement), isolation of two and three
-subjects, and what a story does with two subjects: their references as further rows of the call, references that only the
-guided rows see, and a share of the subjects' own text. References are two more pictures in the call, so that arm is
+subjects, and what a story does with two subjects: captions of their own, and references, which are further rows of the
+call and which only the guided rows see. References are two more pictures in the call, so that arm is
 compared with the stock panel (what a story costs) and with stock on as many rows (what our attention costs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -82,15 +82,30 @@ class Bench:
         panel = tuple(Place(subject=str(i), box=(i / count, 0.2, (i + 1) / count, 0.8)) for i in range(count))
         if arm != STORY:
             return IsolationRepositionAttnProcessor(panels=(panel,))
+        panel = tuple(replace(place, caption=place.subject) for place in panel)
         references = tuple(Place(subject=str(i), box=(0.2, 0.2, 0.8, 0.8)) for i in range(count))
         return IsolationRepositionAttnProcessor.from_settings(
             {**USUAL, **USUAL_UNET, "panels": (panel,), "references": references}
         )
 
+    @contextmanager
+    def applied(self, arm: str) -> Iterator[None]:
+        """The UNet as this arm has it."""
+        method = self.method(arm)
+        if method is None:
+            yield
+            return
+        width = self.unet.config.cross_attention_dim
+        with installed(self.unet, method) as handle:
+            for context, _ in handle.parts:
+                for *_, caption in method.captions:
+                    text = torch.randn(TOKENS_OF_TEXT, width, generator=torch.Generator().manual_seed(int(caption)))
+                    method.cast(context).captions[caption] = text.to(self.device, self.dtype)
+            yield
+
     def time(self, case: Case, arm: str) -> Run:
         """One run of an arm, after a call that is not timed."""
-        method = self.method(arm)
-        with nullcontext() if method is None else installed(self.unet, method):
+        with self.applied(arm):
             step = self.step(case, arm)
             measured(partial(step, 800.0), self.device)  # finds who is where, once for all steps
             return measured(partial(step, 600.0), self.device)

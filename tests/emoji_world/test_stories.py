@@ -105,7 +105,7 @@ def test_a_comparison_goes_on_where_it_was_and_says_the_same(model, tmp_path, mo
     assert "| all | 1 |" in table(json.loads((tmp_path / "summary.json").read_text()))
     with pytest.raises(ValueError, match="steps differ"):
         compare(model, **settings | {"steps": 3})
-    monkeypatch.setattr(stories, "USUAL_UNET", {"text_mix": 0.9})  # what the arm "all" means
+    monkeypatch.setattr(stories, "USUAL", {"text_mix": 0.9})  # what the arm "all" means
     with pytest.raises(ValueError, match="usual differ"):
         compare(model, **settings)
 
@@ -136,3 +136,20 @@ def test_sampled_tokens_of_one_picture_alone_are_stock(unet):
     sample = tiny.denoise(unet, batch=4)
     with installed(unet, SampledTokens()):
         assert not torch.allclose(tiny.denoise(unet, batch=4), sample, atol=1e-3)
+
+
+def test_arms_without_own_words_are_without_them_in_joint_layers(flux, monkeypatch):
+    seen = {}
+
+    def watched(script, **_):
+        seen[arm] = script
+        raise StopIteration
+
+    tale = sample_tales(0, 1, 0)[0]
+    monkeypatch.setattr(stories, "story", watched)
+    for arm, settings in ARMS.items():
+        if settings is not None:
+            with pytest.raises(StopIteration):
+                stories._story(flux, tale.script(2), arm)
+    assert {arm for arm, script in seen.items() if script.consistency.get("text_mix") != 0.0} == {"own words", "all"}
+    assert all(one.looks and one.looks not in seen["all"].panels[0].prompt for one in seen["all"].subjects)

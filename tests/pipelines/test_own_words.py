@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from reattend.pipelines import Panel, Script, Subject, story
-from reattend.pipelines.own_words import encoded, own_caption
+from reattend.pipelines.own_words import check_captions, encoded, own_caption
 
 CAT, DOG = (
     Subject(name="Tom", phrase="cat", looks="orange cat"),
@@ -29,10 +31,16 @@ ANOTHER = Subject(name="Tim", phrase="Cat", looks="blue cat")
         ("two at sea: a cat", ANOTHER, "two at sea: a blue cat"),  # one word for two
         ("a boat", CAT, "orange cat, a boat"),
         ("a cat", Subject(name="Tom", phrase="cat"), ""),
+        ("a cat", Subject(name="Tom", phrase="cat", looks="a red cat"), "a red cat"),
+        ("The cat", Subject(name="Tom", phrase="cat", looks="an old cat"), "The old cat"),
+        ("cat", Subject(name="Tom", phrase="cat", looks="a red cat"), "a red cat"),
+        ("a cat lady and a cat", CAT, "a cat lady and an orange cat"),
+        ("a cat lady", CAT, "orange cat, a cat lady"),
     ],
 )
 def test_only_the_subject_itself_is_described(caption, who, own):
-    subjects = {one.name: one for one in (CAT, DOG, ANOTHER)} | {who.name: who}
+    lady = Subject(name="Ann", phrase="cat lady")
+    subjects = {one.name: one for one in (CAT, DOG, ANOTHER, lady)} | {who.name: who}
     script = Script(subjects=tuple(subjects.values()), panels=(Panel(prompt=caption),))
     assert own_caption(script, 0, who) == own
 
@@ -98,3 +106,45 @@ def test_where_text_is_in_joint_layers_captions_are_rows_of_the_call(flux):
     assert np.array_equal(again.panels[1], made.panels[1])
     plain = story(Script(subjects=(CAT, rex), panels=panels, steps=5, seed=1, consistency={"text_mix": 0}), pipe=flux)
     assert not np.array_equal(plain.panels[0], made.panels[0])
+
+
+def test_panels_of_one_call_read_captions_in_their_own_noise(flux):
+    def made(seeds: tuple[int, int]) -> np.ndarray:
+        panels = tuple(Panel(prompt="a cat on sea", seed=seed, places={"Tom": [0, 0, 1, 1]}) for seed in seeds)
+        script = Script(subjects=(CAT,), panels=panels, steps=2, seed=1, together=2)
+        return np.asarray(story(script, pipe=flux).panels[0])
+
+    assert np.array_equal(made((3, 4)), made((3, 5)))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_own_words_go_with_a_bank(name, request):
+    pipe = request.getfixturevalue(name)
+    rex = Subject(name="Rex", phrase="dog", looks="red dog", prompt="a red dog on sand", place=[0, 0, 1, 1])
+    panel = Panel(prompt="a cat and a dog", seed=3, places={"Tom": [0, 0, 0.5, 1], "Rex": [0.5, 0, 1, 1]})
+    script = Script(subjects=(CAT, rex), panels=(panel,), steps=2, seed=1)
+    rows, bank = (
+        np.asarray(story(one, pipe=pipe).panels[0], np.int16) for one in (script, replace(script, bank=10**9))
+    )
+    assert np.abs(rows - bank).max() <= 1
+
+
+def test_captions_that_are_too_long_are_told_and_others_are_not_looked_at(sd):
+    long = Subject(name="Z", phrase="zebra", looks="zebra " * 80)
+    script = Script(
+        subjects=(CAT, long), panels=(Panel(prompt="a cat", places={"Tom": [0, 0, 1, 1]}),), steps=1, seed=1
+    )
+    assert story(script, pipe=sd).panels
+    with pytest.raises(ValueError, match="panel 1 as 'Z' reads it is too long"):
+        story(replace(script, panels=(Panel(prompt="a zebra", places={"Z": [0, 0, 1, 1]}),)), pipe=sd)
+
+
+def test_models_that_mask_padded_text_are_told(sd):
+    class QwenImagePipeline:
+        def __call__(self, prompt: str) -> None: ...
+
+    script = Script(subjects=(CAT,), panels=(Panel(prompt="a cat"),))
+    with pytest.raises(
+        ValueError, match="QwenImagePipeline cannot read a caption for each subject; leave out how 'Tom'"
+    ):
+        check_captions(QwenImagePipeline(), script, [0])

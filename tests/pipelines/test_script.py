@@ -28,7 +28,7 @@ def test_a_story_survives_json():
 
 def test_subjects_may_be_an_object_and_words_fall_back_on_the_name():
     script = Script.from_json(json.dumps({"subjects": {"cat": "a blue cat", "dog": {}}, "panels": [{"prompt": "x"}]}))
-    assert [(one.name, one.phrase, one.prompt) for one in script.subjects] == [
+    assert [(one.name, one.phrase, one.drawn) for one in script.subjects] == [
         ("cat", "cat", "a blue cat"), ("dog", "dog", "dog"),
     ]  # fmt: skip
 

@@ -186,3 +186,12 @@ def test_a_file_fills_the_form(tmp_path):
     file.write_text(made().to_json())
     values, wrong = load_story([file], [MODEL], tmp_path / "kept")
     assert wrong == "" and values == fill_story_form(made(), [MODEL])
+
+
+def test_a_zip_packed_in_another_way_is_refused_in_one_sentence(tmp_path):
+    file = tmp_path / "story.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("story.json", "{}" * 200)
+    file.write_bytes(file.read_bytes()[:60] + b"broken" + file.read_bytes()[66:])
+    form, wrong = load_story([file], [MODEL], tmp_path / "own")
+    assert form == {} and wrong == "The file story.zip is no zip that can be read; choose one that this page made."
