@@ -1,11 +1,10 @@
-"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, where latents lie, the VAE."""
+"""What a film changes in the stock pipeline for the length of its call: the text, the schedule, the VAE."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from . import checkpoint
 from .prompts import FramePrompts
 from .stream import has_motion
 
-__all__ = ["Schedule", "TextOfFrames", "device_of", "in_float32", "join_controlnet", "kept_on_host", "upcast_vae"]
+__all__ = ["Schedule", "TextOfFrames", "in_float32", "join_controlnet", "upcast_vae"]
 
 
 class TextOfFrames:
@@ -83,17 +82,16 @@ class Schedule:
 
     def latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for `pipe.prepare_latents`."""
+        place = self.pipe._execution_device
         if self.source is not None:
             noise = kwargs["latents"]
-            clean, noise = (
-                x.transpose(1, 2) for x in (self.source.to(noise), noise)
-            )  # as the stock pipeline: B, F, ...
-            noisy = self.scheduler.add_noise(clean, noise, kwargs["timestep"])
+            both = (x.to(place, noise.dtype).transpose(1, 2) for x in (self.source, noise))  # as stock: B, F, ...
+            noisy = self.scheduler.add_noise(*both, kwargs["timestep"])
             return noisy.contiguous().transpose(1, 2)  # as they come from a checkpoint: sums then round alike
         if self.resumed is None:
             return self.prepare(*args, **kwargs)
         self.scheduler.timesteps = self.whole
-        return self.resumed.latents.to(self.pipe._execution_device)
+        return self.resumed.latents.to(place)
 
 
 def _placed(value: Any, device: torch.device) -> Any:
@@ -103,22 +101,6 @@ def _placed(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_placed(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) and value.ndim else value
-
-
-def kept_on_host(pipe: Any) -> list[tuple[Any, str, Any]]:
-    """A patch that makes the pipeline keep latents in host memory, where `streamed` wants them; none on a CPU.
-
-    Pipelines compute where the offloading hook of their first model says.
-    """
-    first = next(part for part in pipe.components.values() if isinstance(part, nn.Module))
-    if pipe.device.type == "cpu" or hasattr(first, "_hf_hook"):
-        return []
-    return [(first, "_hf_hook", SimpleNamespace(execution_device=torch.device("cpu")))]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes, also if it is offloaded."""
-    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
 
 
 @contextlib.contextmanager

@@ -25,10 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..attn_processors.comm import Span
-from .borrowing import device_of, in_float32
+from .borrowing import in_float32
+from .events import CancelToken
 from .files import opened
-from .film_pictures import digest_of, pictures_of
+from .film_pictures import count_of, digest_of, pictures_of
 from .noise import generator
+from .offloading import device_of
+from .perturbed import check_layers
 from .recipe import Recipe
 from .sparse_control import SparseConditions
 from .stream import PerFrame
@@ -48,13 +51,15 @@ USE = {
 }
 
 
-def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
+def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any], cancel: CancelToken | None = None) -> Recipe:
     """The recipe of a film with the numbers and the digests of what goes into it besides text.
 
     given: pictures by argument of `long_video`; those that are None were not given.
+    cancel: asked while they are read.
 
     Raises:
-        ValueError: too much or too little was given, or other pictures than the recipe was made with.
+        Cancelled: if `cancel` was requested.
+        ValueError: too much or too little was given, other pictures than the recipe was made with, layers that are not there.
         TypeError: something else than pictures.
     """
     name, video = type(pipe).__name__, recipe.video
@@ -76,7 +81,7 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
         video = replace(video, controlnet_frame_indices=frames)
     elif frames:
         raise ValueError(f"{name} takes no controlnet_frame_indices, got {frames}; leave them out")
-    pictures = {word: _digest(word, given[word], pipe, video) for word in wanted}
+    pictures = {word: _digest(word, given[word], pipe, video, cancel) for word in wanted}
     for word, digest in video.pictures.items():
         if pictures[word] != digest:
             raise ValueError(
@@ -87,6 +92,8 @@ def with_inputs(recipe: Recipe, pipe: Any, given: Mapping[str, Any]) -> Recipe:
     if layers and "pag_scale" not in accepts:
         raise ValueError(f"{name} perturbs no layers, got pag_applied_layers {', '.join(layers)}; leave them out")
     numbers = _numbers(recipe, pipe, accepts, scales)
+    if numbers.get("pag_scale"):
+        check_layers(pipe, layers)
     return replace(recipe, video=replace(video, pictures=pictures, pag_applied_layers=layers, **numbers))
 
 
@@ -111,36 +118,43 @@ def _numbers(
     return numbers
 
 
-def _digest(word: str, given: Any, pipe: Any, video: Video) -> str:
+def _digest(word: str, given: Any, pipe: Any, video: Video, cancel: CancelToken | None) -> str:
     """SHA-256 of pictures, of which there must be one for every frame, or for those that are named."""
     if word == "ip_adapter_image":
         return digest_of(word, [_one(word, given)])[1]
-    found = [digest_of(word, row) for row in _rows(word, given, pipe)]
     named = video.controlnet_frame_indices if word == "conditioning_frames" else ()
-    for count, _ in found:
-        if named and count != len(named):
+    wanted, digests = len(named) or video.frames, []
+    for row in _rows(word, given, pipe):
+        count, digest = digest_of(word, row, wanted + 1, cancel)
+        digests.append(digest)
+        if count == wanted:
+            continue
+        if count > wanted:  # what was not read is only counted
+            count = max(count, count_of(word, row))
+        if named:
             raise ValueError(
-                f"{word} has {count} pictures, but controlnet_frame_indices names {len(named)} frames; give one for each"
+                f"{word} has {count} pictures, but controlnet_frame_indices names {wanted} frames; give one for each"
             )
-        if not named and count != video.frames:
-            raise ValueError(
-                f"{word} has {count} pictures, but the film has {video.frames} frames; give one for every frame, or set "
-                f"Video(frames={count})"
-            )
-    digests = [digest for _, digest in found]
+        other = f", or set Video(frames={count})" if count else ""
+        raise ValueError(
+            f"{word} has {count} pictures, but the film has {wanted} frames; give one for every frame{other}"
+        )
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def _rows(word: str, given: Any, pipe: Any) -> list[Any]:
     """The rows of pictures: as many as there are ControlNets where those get them."""
-    nets = getattr(getattr(pipe, "controlnet", None), "nets", None)
-    if word != "conditioning_frames" or nets is None:
+    if word != "conditioning_frames":
         return [given]
-    if not isinstance(given, (list, tuple)) or len(given) != len(nets):
-        raise ValueError(
-            f"{type(pipe).__name__} has {len(nets)} ControlNets here; give {word} as a list with the pictures of each"
-        )
-    return list(given)
+    nets = len(getattr(pipe.controlnet, "nets", [pipe.controlnet]))
+    several = isinstance(given, (list, tuple)) and all(isinstance(row, (str, Path, list, tuple)) for row in given)
+    rows = list(given) if given and several else [given]
+    if len(rows) != nets:
+        name = type(pipe).__name__
+        if nets == 1:
+            raise ValueError(f"{name} has one ControlNet here, got {len(rows)} times {word}; give them once")
+        raise ValueError(f"{name} has {nets} ControlNets here; give {word} as a list with the pictures of each")
+    return rows
 
 
 def _one(word: str, given: Any) -> Image.Image:
@@ -155,7 +169,7 @@ def adapter_scales(pipe: Any) -> set[float] | None:
     """How much is taken from the picture of an IP-Adapter; None: the UNet carries none.
 
     Raises:
-        ValueError: several pictures or scales, which a recipe cannot tell.
+        ValueError: several pictures or scales, which a recipe cannot tell; nothing that encodes a picture.
     """
     if getattr(pipe.unet, "encoder_hid_proj", None) is None:
         return None
@@ -165,6 +179,11 @@ def adapter_scales(pipe: Any) -> set[float] | None:
         raise ValueError(
             f"{type(pipe).__name__} carries an IP-Adapter that a film cannot use: it can be one, for one picture, with one "
             "scale in all layers; load that, or call pipe.unload_ip_adapter() first"
+        )
+    if getattr(pipe, "image_encoder", None) is None or getattr(pipe, "feature_extractor", None) is None:
+        raise ValueError(
+            f"{type(pipe).__name__} carries an IP-Adapter but no image encoder for its picture; call pipe.load_ip_adapter "
+            "with its image_encoder_folder, or pipe.unload_ip_adapter()"
         )
     return scales
 
@@ -205,7 +224,7 @@ class FilmInputs:
         if adapters(pipe):
             guided = self.recipe.guidance is not None and self.recipe.guidance > 1
             picture = _one("ip_adapter_image", self.given["ip_adapter_image"])
-            device = pipe.image_encoder.device if pipe.image_encoder is not None else pipe.device
+            device = device_of(pipe.image_encoder)
             values["ip_adapter_image_embeds"] = pipe.prepare_ip_adapter_image_embeds(picture, None, device, 1, guided)
         return {word: value for word, value in values.items() if word in self.accepts and value is not None}
 

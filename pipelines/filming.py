@@ -27,7 +27,7 @@ from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
 from .agreement import check_alike, named, request_digest
-from .borrowing import Schedule, TextOfFrames, join_controlnet, kept_on_host
+from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
@@ -38,6 +38,7 @@ from .film_pictures import Pictures
 from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
 from .load import load
 from .noise import PerFrameStep, frame_noise
+from .offloading import device_of, kept_on_host
 from .perturbed import perturbed
 from .prompts import FramePrompts
 from .recipe import Recipe
@@ -98,7 +99,8 @@ def long_video(
         ip_adapter_image: picture for the IP-Adapter that the UNet carries.
         clip: frames on the device at a time; changes memory and time, not the film.
         on_step: called in this thread after every denoising step (clips = 1), then after every written clip.
-        cancel: one rank's is enough; asked after every step, in one process within steps too. What is done is kept.
+        cancel: one rank's is enough; asked after every step, in one process within steps and while pictures are read, too.
+            What is done is kept.
         save_every: seconds between two checkpoints.
 
     Raises:
@@ -132,7 +134,7 @@ def long_video(
         if pipe is None:
             pipe = load(recipe.model, dtype=recipe.dtype)
         given = {"video": video, "conditioning_frames": conditioning_frames, "ip_adapter_image": ip_adapter_image}
-        recipe = filled_in(recipe, pipe, given)
+        recipe = filled_in(recipe, pipe, given, cancel if comm.size == 1 else None)
         digest = request_digest(recipe, pipe)
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0
@@ -144,12 +146,15 @@ def long_video(
     return Film(path=out, recipe=recipe, sent=comm.sent)
 
 
-def filled_in(recipe: Recipe, pipe: Any, given: Mapping[str, Any] | None = None) -> Recipe:
+def filled_in(
+    recipe: Recipe, pipe: Any, given: Mapping[str, Any] | None = None, cancel: CancelToken | None = None
+) -> Recipe:
     """The recipe with size, seed, guidance, attention, inputs, model and versions as they will be used.
 
-    given: pictures by argument of `long_video`.
+    given: pictures by argument of `long_video`; `cancel` is asked while they are read.
 
     Raises:
+        Cancelled: if `cancel` was requested.
         ValueError: if `pipe` makes no films, or cannot do what the recipe asks for with what is given.
         TypeError: for something in place of pictures.
     """
@@ -164,7 +169,7 @@ def filled_in(recipe: Recipe, pipe: Any, given: Mapping[str, Any] | None = None)
         check_length(f"the prompt from frame {frame}", text, pipe, accepts)
     if video.later and "pooled_prompt_embeds" in accepts:
         raise ValueError(f"{type(pipe).__name__} takes one pooled text for the whole film; give one prompt")
-    recipe = with_inputs(recipe, pipe, given or {})
+    recipe = with_inputs(recipe, pipe, given or {}, cancel)
     own = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
     attention = recipe.attention
     if not any(entry["name"] == DUAL_SCOPE for entry in attention):
@@ -298,7 +303,7 @@ class _Making:
         wanted = inspect.signature(pipe.encode_prompt).parameters
         once = {name: 1 for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in wanted}
         encode = functools.partial(
-            pipe.encode_prompt, device=pipe.text_encoder.device, do_classifier_free_guidance=guided, **once
+            pipe.encode_prompt, device=device_of(pipe.text_encoder), do_classifier_free_guidance=guided, **once
         )
         prompts = [recipe.prompt, *(text for _, text in video.later)]
         made = {text: encode(text, negative_prompt=recipe.negative or None) for text in dict.fromkeys(prompts)}

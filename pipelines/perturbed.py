@@ -7,7 +7,8 @@ the rows that are not perturbed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..attn_processors.dual_scope import DualScopeAttnProcessor
 from ..attn_processors.families.video_unet import VideoUNetLayer
 from ..attn_processors.installer import patched
 
-__all__ = ["check_perturbs", "perturbed"]
+__all__ = ["check_layers", "check_perturbs", "perturbed"]
 
 STOCK = ("PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0")
 
@@ -38,7 +39,12 @@ def perturbed(pipe: Any) -> Iterator[None]:
         """Stands for `pipe._set_pag_attn_processor`: looks where it puts its own, and puts ours there."""
         layers = [part for part in pipe.unet.modules() if hasattr(part, "processor")]
         before = {part: part.processor for part in layers}
-        stock(*args, **kwargs)
+        try:
+            stock(*args, **kwargs)
+        except BaseException:  # half-way, with some of its own in place
+            for part in layers:
+                part.processor = before[part]
+            raise
         for part in layers:
             if part.processor is not before[part]:
                 ours[part] = part.processor = Perturbed(before[part], context)
@@ -109,3 +115,14 @@ def check_perturbs(pipe: Any) -> None:
             f"{type(pipe).__name__} perturbs attention with {other[0]}, which a film would not know how to split; call "
             "pipe.set_pag_applied_layers(pipe.pag_applied_layers) for the usual ones"
         )
+
+
+def check_layers(pipe: Any, patterns: Sequence[str]) -> None:
+    """Raise ValueError if a pattern is part of no name of a self-attention layer, as the stock pipeline does later."""
+    found = [name for name, part in pipe.unet.named_modules() if getattr(part, "is_cross_attention", None) is False]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in found):
+            raise ValueError(
+                f"{type(pipe).__name__} has no self-attention that pag_applied_layers {pattern!r} is part of the name of; "
+                f"give part of a name such as {found[0]!r}"
+            )

@@ -30,6 +30,7 @@ from ..attn_processors.installer import patched, supported
 from ..attn_processors.ops.norms import film_statistics, frame_statistics, normalise
 from ..attn_processors.ops.scopes import Clip
 from .events import CancelToken
+from .offloading import device_of
 
 __all__ = ["CLIP", "PerFrame", "bytes_per_step", "streamed"]
 
@@ -212,7 +213,7 @@ class _OwnClipWise(_ClipWise):
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return device_of(self.module)  # an offloaded ControlNet comes there with its first clip
 
 
 class _HeldNorm:

@@ -26,6 +26,10 @@ NUMBERS = (
 )  # of what a film takes besides text
 SCALE = (0.0, 100.0)
 DIGEST = re.compile(r"[0-9a-f]{64}")
+# Layers to perturb are regular expressions that pipelines search names with, and recipes come from anywhere. In these nothing
+# but a dot is repeated, two at most, and no group is: searching a name of n letters takes some n^3 steps for each alternative.
+LAYER = re.compile(r"(?:\w|\.\*?|\|)+|(?:\w|\.\*?|\|)*\((?:\w|\.\*?|\|)+\)(?:\w|\.\*?|\|)*", re.ASCII)
+LAYERS, LAYER_LENGTH, REPEATS = 16, 100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,17 @@ class Video:
         object.__setattr__(self, "controlnet_frame_indices", tuple(self.controlnet_frame_indices))
         if not isinstance(self.pag_applied_layers, (tuple, list)):
             raise TypeError(f"pag_applied_layers must be a list of names, got {self.pag_applied_layers!r}")
+        if len(self.pag_applied_layers) > LAYERS:
+            raise ValueError(
+                f"pag_applied_layers has {len(self.pag_applied_layers)} names, at most {LAYERS} are allowed"
+            )
         for layer in self.pag_applied_layers:
-            check_text("layer to perturb", layer, PROMPT_LENGTH)
+            check_text("layer to perturb", layer, LAYER_LENGTH)
+            if not LAYER.fullmatch(layer) or layer.count("*") > REPEATS:
+                raise ValueError(
+                    f"a layer to perturb cannot be read: got {layer!r}; write part of a name with letters, digits, '_', '.', "
+                    f"'|', at most {REPEATS} times '.*' and one pair of brackets, such as 'mid_block.*attn1'"
+                )
         object.__setattr__(self, "pag_applied_layers", tuple(self.pag_applied_layers))
         if not isinstance(self.pictures, Mapping) or not all(
             isinstance(name, str) and isinstance(digest, str) and DIGEST.fullmatch(digest)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..attn_processors.comm import Span
 from ..attn_processors.ops.scopes import Clip
-from .borrowing import device_of, upcast_vae
+from .borrowing import upcast_vae
 from .checkpoint import barrier
 from .film import film_file
+from .offloading import device_of
 from .recipe import Recipe
 
 if TYPE_CHECKING:

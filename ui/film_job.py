@@ -7,6 +7,7 @@ be played. A film that was stopped stays in the output folder, and the same reci
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import AnimateDiffPAGPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from .attention_form import STOCK, settings_of
 from .image_job import PREVIEW_SHARE, fill_form, read_form, whole
 from .jobs import Kept, Made, Progress
 
+FILMS = ("AnimateDiffPipeline", "AnimateDiffPAGPipeline", "AnimateDiffSDXLPipeline")  # from text alone
 FIELDS = ("frames", "fps", "later", "blend")  # beside those of a picture
 SETTINGS = settings_of(DualScopeAttnProcessor)
 SHEET_ENDING = "-sheet.png"
@@ -42,15 +45,15 @@ PREVIEW_SIDE = 96  # pixels of an unfinished frame
 
 NO_MODEL = (
     "There is no model for films here: `tiny-video` is not part of this installation, and no folder of an AnimateDiff "
-    "pipeline was named when the page was started; start it again with `reattend ui --model FOLDER`."
+    "pipeline that needs text alone was named when the page was started; start it again with `reattend ui --model FOLDER`."
 )
 
 
 def film_models(models: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The models that may make pictures and those that may make films; one that is not here yet may do either."""
+    """The models that may make pictures and those that may make films from text; one that is not here yet may do either."""
     kinds = {model: _pipeline_class(model) for model in models}
-    films = [model for model, kind in kinds.items() if kind is None or kind.startswith("AnimateDiff")]
-    return [model for model, kind in kinds.items() if kind is None or model not in films], films
+    films = [model for model, kind in kinds.items() if kind is None or kind in FILMS]
+    return [model for model, kind in kinds.items() if kind is None or not kind.startswith("AnimateDiff")], films
 
 
 def _pipeline_class(model: str) -> str | None:
@@ -209,7 +212,7 @@ def fill_film_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: the recipe asks for what this tab cannot do.
     """
-    video = recipe.video
+    video = _without_usual(recipe.video)
     if video is None:
         raise ValueError("The recipe makes a picture; load it on the tab Image or Upscale.")
     others = [entry["name"] for entry in recipe.attention if entry["name"] != DUAL_SCOPE]
@@ -221,9 +224,9 @@ def fill_film_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     inputs = [*video.pictures, *(name for name in NUMBERS if getattr(video, name) is not None)]
     inputs += ["pag_applied_layers"] if video.pag_applied_layers else []
     if inputs:
-        raise ValueError(
-            f"The recipe has {inputs[0]}, which this page cannot show; use it on the command line: reattend video --recipe."
-        )
+        adapter = [name for name in inputs if name.startswith("ip_adapter")]
+        where = "from Python: long_video" if adapter else "on the command line: reattend video --recipe"
+        raise ValueError(f"The recipe has {(adapter or inputs)[0]}, which this page cannot show; use it {where}.")
     form = fill_form(replace(recipe, attention=(), video=None), models)
     del form["attention"]
     method: Any = DualScopeAttnProcessor()
@@ -231,6 +234,16 @@ def fill_film_form(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     form |= {f"{DUAL_SCOPE}.{s.name}": s.shown(chosen[s.name]) for s in SETTINGS}
     later = "\n".join(f"{frame}: {prompt}" for frame, prompt in video.later)
     return form | {"frames": video.frames, "fps": video.fps, "later": later, "blend": video.blend}
+
+
+def _without_usual(video: Video | None) -> Video | None:
+    """Without perturbed-attention guidance as the pipeline has it of its own accord, which no field has to tell."""
+    own = AnimateDiffPAGPipeline
+    layers = inspect.signature(own.__init__).parameters["pag_applied_layers"].default
+    scale = inspect.signature(own.__call__).parameters["pag_scale"].default
+    if video is None or (video.pag_scale, video.pag_applied_layers) != (scale, (layers,)):
+        return video
+    return replace(video, pag_scale=None, pag_applied_layers=())
 
 
 def _read_later(text: str) -> tuple[tuple[int, str], ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json as json_text
 import secrets
+import shlex
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -120,6 +122,7 @@ class Video(Image):
                 recipe = replace(recipe, seed=secrets.randbelow(2**32))
             path = ranks.agreed(str(out if named else free_path(out, f"{recipe.prompt} {recipe.seed}", ".mp4")))
             pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
+            self._check_frames(recipe, pipe)
             try:
                 with stoppable(token, speaks=ranks.speaks), Bar(silent=not ranks.speaks) as bar:
                     film = long_video(
@@ -128,7 +131,8 @@ class Video(Image):
             except Cancelled:
                 if ranks.speaks:
                     kept = Path(f"{path}.parts").exists()
-                    more = f"; what is done is kept: reattend video --resume {path}" if kept else ""
+                    again = shlex.join(["reattend", "video", "--resume", path, *self._picture_options()])
+                    more = f"; what is done is kept: {again}" if kept else ""
                     print(f"reattend: stopped{more}", file=sys.stderr)
                 raise SystemExit(130) from None
         if not ranks.speaks:
@@ -158,11 +162,12 @@ class Video(Image):
             length["later"] = tuple(_later(words) for words in self.then)
         video, given = recipe.video or DEFAULT_LENGTH, self._pictures()
         if given:
-            from ..pipelines.film_pictures import digest_of
+            from ..pipelines.film_pictures import count_of
 
             word, paths = next(iter(given.items()))
             path = paths[0] if isinstance(paths, list) else paths
-            length = {"frames": digest_of(f"--{word.replace('_', '-')}", path)[0] or 1} | length
+            if not video.controlnet_frame_indices:  # else they are for a few frames
+                length = {"frames": count_of(f"--{word.replace('_', '-')}", path)} | length
             length["pictures"] = {word: digest for word, digest in video.pictures.items() if word not in given}
         return replace(recipe, upscale=None, video=replace(video, **length))
 
@@ -171,6 +176,20 @@ class Video(Image):
         rows = list(self.conditioning_frames)
         given = {"video": self.video, "conditioning_frames": rows[0] if len(rows) == 1 else rows or None}
         return {word: value for word, value in given.items() if value is not None}
+
+    def _picture_options(self) -> list[str]:
+        """The pictures that were given, as they were typed."""
+        rows = [("--video", self.video), *(("--conditioning-frames", row) for row in self.conditioning_frames)]
+        return [word for option, path in rows if path is not None for word in (option, str(path))]
+
+    def _check_frames(self, recipe: Recipe, pipe: Any) -> None:
+        """Raise ValueError if pictures for a few frames would say how long the film is."""
+        known = self.frames is not None or (recipe.video is not None and recipe.video.controlnet_frame_indices)
+        if not known and "controlnet_frame_indices" in inspect.signature(pipe.__call__).parameters:
+            raise ValueError(
+                f"{type(pipe).__name__} takes pictures for a few frames, which do not tell how long the film is; give "
+                "--frames"
+            )
 
     def unfinished(self) -> tuple[Recipe, Path]:
         """The recipe of the film of `--resume`, and its path."""

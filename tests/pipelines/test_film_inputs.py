@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import MultiControlNetModel
 from films import close, make, make_on_ranks
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from reattend.attn_processors import installed
-from reattend.pipelines import Recipe, Video, long_video
+from reattend.pipelines import Cancelled, CancelToken, Recipe, Video, film_pictures, long_video
 from reattend.pipelines.checkpoint import latest, parts_folder
 from reattend.pipelines.film import film_file, frames_of
-from reattend.pipelines.film_inputs import ConditionOfFrames
-from reattend.pipelines.film_pictures import digest_of, pictures_of
+from reattend.pipelines.film_inputs import ConditionOfFrames, FilmInputs, with_inputs
+from reattend.pipelines.film_pictures import count_of, digest_of, pictures_of
 from reattend.pipelines.noise import frame_noise, generator
 from reattend.pipelines.stream import streamed
 
@@ -102,10 +105,11 @@ def test_it_is_the_stock_pipeline_with_the_same_noise(kind, frames, tmp_path, mo
     watch = make(pipe, recipe(frames, **given), tmp_path / "cat.mp4", **inputs(kind, frames))
     close(watch.latents[max(watch.latents)], want)
     assert max(watch.latents) == (2 if "Video" in kind else 3)
-    assert not pipe.unet._forward_pre_hooks and not {"prepare_latents", "prepare_video", "get_timesteps"} & set(
-        vars(pipe)
-    )
-    assert "Control" not in kind or not (pipe.controlnet._forward_pre_hooks or "forward" in vars(pipe.controlnet))
+    changed = {"prepare_latents", "prepare_video", "prepare_conditioning_frames", "get_timesteps"}
+    assert not pipe.unet._forward_pre_hooks and not changed & set(vars(pipe))
+    net = getattr(pipe, "controlnet", None)
+    assert (net is None) == (kind == "VideoToVideo")
+    assert net is None or not (net._forward_pre_hooks or "forward" in vars(net))
 
 
 @pytest.mark.parametrize("kind", ["ControlNet", "VideoToVideoControlNet"])
@@ -192,6 +196,27 @@ def test_pictures_come_from_a_list_a_folder_or_a_film(tmp_path):
     shown = [Image.fromarray(frame) for frame in frames_of(film)]
     assert digest_of("video", film) == digest_of("video", shown) and len(shown) == 5
     assert [x.tobytes() for x in pictures_of("video", film, (2, 4))] == [x.tobytes() for x in shown[2:4]]
+    assert count_of("video", rows) == count_of("video", tmp_path) == count_of("video", film) == 5
+
+
+def test_no_more_pictures_are_read_than_tell_that_there_are_too_many_and_a_stop_ends_it(tmp_path, monkeypatch):
+    for i, picture in enumerate(pictures(9)):
+        picture.save(tmp_path / f"{i}.png")
+    read, token, plain = [], CancelToken(), film_pictures.opened
+    monkeypatch.setattr(film_pictures, "opened", lambda *words: read.append(words) or plain(*words))
+    pipe, given = tiny.fresh(pipeline("ControlNet")), {"conditioning_frames": tmp_path}
+    with pytest.raises(ValueError, match=re.escape("has 9 pictures, but the film has 4 frames; give one for every")):
+        with_inputs(recipe(4), pipe, given)
+    assert len(read) == 5
+
+    def stop(*words):
+        token.request()
+        return plain(*words)
+
+    monkeypatch.setattr(film_pictures, "opened", stop)
+    with pytest.raises(Cancelled):
+        long_video(recipe(9), tmp_path / "out" / "cat.mp4", pipe=pipe, cancel=token, **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_clip_of_conditioning_frames_becomes_numbers_when_it_is_needed(tmp_path, monkeypatch):
@@ -248,6 +273,12 @@ def test_what_does_not_fit_is_told_in_one_sentence(animatediff, tmp_path):
         ValueError, match="has 2 ControlNets here; give conditioning_frames as a list with the pictures"
     ):
         long_video(recipe(), out, pipe=tiny.fresh(pipeline("two nets")), conditioning_frames=pictures(7))
+    with pytest.raises(ValueError, match="has one ControlNet here, got 2 times conditioning_frames; give them once"):
+        long_video(recipe(), out, pipe=net, conditioning_frames=["poses", "edges"])
+    with pytest.raises(ValueError, match="conditioning_frames has 0 pictures, .* give one for every frame$"):
+        long_video(recipe(), out, pipe=net, conditioning_frames=[])
+    with pytest.raises(ValueError, match="the folder .* holds no pictures; put PNG, JPEG or WebP files into it"):
+        long_video(recipe(), out, pipe=net, conditioning_frames=tmp_path)
     net.controlnet.register_to_config(global_pool_conditions=True)
     with pytest.raises(ValueError, match="has a ControlNet that pools its conditions"):
         long_video(recipe(), out, pipe=net, conditioning_frames=pictures(7))
@@ -316,3 +347,30 @@ def test_a_controlnet_is_put_back_also_after_an_error(tmp_path):
     with installed(pipe, "dual-scope"), pytest.raises(ZeroDivisionError), streamed(pipe, 7):
         assert 1 / ("forward" not in vars(pipe.controlnet))
     assert "forward" not in vars(pipe.controlnet)
+
+
+def test_several_nets_may_be_one(tmp_path):
+    pipe, given = tiny.fresh(pipeline("ControlNet")), pictures(3, 1)
+    want = make(pipe, recipe(3, steps=1), tmp_path / "one.mp4", conditioning_frames=given).latents[1]
+    pipe.register_modules(controlnet=MultiControlNetModel([pipe.controlnet]))
+    for i, rows in enumerate((given, [given])):
+        got = make(pipe, recipe(3, steps=1), tmp_path / f"{i}.mp4", conditioning_frames=rows).latents[1]
+        close(got, want)
+
+
+def test_the_picture_of_an_ip_adapter_is_encoded_where_the_encoder_goes(animatediff, monkeypatch):
+    add_ip_adapter(animatediff)
+    animatediff.image_encoder._hf_hook = SimpleNamespace(execution_device=torch.device("meta"))
+    places = []
+    monkeypatch.setattr(animatediff, "prepare_ip_adapter_image_embeds", lambda *words: places.append(words[2]) or [])
+    FilmInputs(animatediff, recipe(3), {"ip_adapter_image": pictures(1)[0]}, (0, 3)).arguments()
+    assert places == [torch.device("meta")]
+
+
+def test_an_ip_adapter_without_an_image_encoder_is_told(animatediff, tmp_path):
+    add_ip_adapter(animatediff)
+    animatediff.register_modules(image_encoder=None)
+    with pytest.raises(
+        ValueError, match=r"an IP-Adapter but no image encoder for its picture; call pipe.load_ip_adapter"
+    ):
+        long_video(recipe(3), tmp_path / "cat.mp4", pipe=animatediff, ip_adapter_image=pictures(1)[0])

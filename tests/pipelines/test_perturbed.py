@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from films import close, make, make_on_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reattend.attn_processors import installed
 from reattend.pipelines import Recipe, Video, long_video
 from reattend.pipelines.noise import frame_noise
+from reattend.pipelines.perturbed import perturbed
+from reattend.pipelines.videos import LAYER_LENGTH, LAYERS
 
 DUAL = {"name": "dual-scope", "window": 4, "anchors": 2}
 SIZE = {"width": 32, "height": 24}
@@ -99,3 +105,55 @@ def test_what_cannot_be_is_told_in_one_sentence(pag, animatediff, tmp_path):
     with pytest.raises(ValueError, match="perturbs attention with AttnProcessor2_0, which a film would not know"):
         long_video(recipe(3), out, pipe=pag)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_is_not_there_is_told_before_any_text_is_encoded(pag, tmp_path, monkeypatch):
+    monkeypatch.setattr(pag, "encode_prompt", None)
+    film = recipe(3, pag_applied_layers=["mid", "upper.*attn1"])
+    with pytest.raises(
+        ValueError, match=r"no self-attention that pag_applied_layers 'upper.\*attn1' is part of the name"
+    ):
+        long_video(film, tmp_path / "cat.mp4", pipe=pag)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processors_are_put_back_when_the_pipeline_fails_half_way(pag):
+    with installed(pag, "dual-scope"), perturbed(pag):
+        before = dict(pag.unet.attn_processors)
+        with pytest.raises(ValueError, match="Cannot find PAG layer"):
+            pag._set_pag_attn_processor(["mid", "nowhere"], True)
+        after = pag.unet.attn_processors
+        assert all(after[name] is processor for name, processor in before.items())
+
+
+@pytest.mark.parametrize(
+    "layer", ["mid", "mid_block.*attn1", "mid.*motion_modules.*attn", "blocks.(0|1)", "down.(1.at|2.*s).0", "up|mid"]
+)
+def test_usual_names_of_layers_are_taken(layer):
+    assert Video(pag_applied_layers=[layer]).pag_applied_layers == (layer,)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["(", "a)", "*", "a*", r"(\w+\.?)+#", "(a|b)*", "(a)(b)", "((a))", "a.**", ".*.*.*", "a{9}", "[a]", "a+", "()", ""],
+)
+def test_names_of_layers_that_could_be_searched_for_ever_are_refused(layer):
+    with pytest.raises(ValueError, match="a layer to perturb cannot be read: got .* such as 'mid_block"):
+        Video(pag_applied_layers=[layer])
+
+
+def test_names_of_layers_are_few_and_short():
+    with pytest.raises(ValueError, match="layer to perturb is too long"):
+        Video(pag_applied_layers=["a" * (LAYER_LENGTH + 1)])
+    with pytest.raises(ValueError, match=f"has {LAYERS + 1} names, at most {LAYERS}"):
+        Video(pag_applied_layers=["mid"] * (LAYERS + 1))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text("a.*|()", max_size=9))
+def test_what_is_taken_can_be_searched_with(layer):
+    try:
+        Video(pag_applied_layers=[layer])
+    except ValueError:
+        return
+    re.search(layer, "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import tiny
@@ -11,8 +13,9 @@ from PIL import Image
 
 from reattend.attn_processors import install
 from reattend.attn_processors.context import context_of
-from reattend.pipelines import Recipe, Video, long_video
+from reattend.pipelines import Recipe, Video, long_video, sparse_control
 from reattend.pipelines.noise import frame_noise, generator
+from reattend.pipelines.sparse_control import SparseConditions
 
 DUAL = {"name": "dual-scope", "window": 4, "anchors": 2}
 SIZE = {"width": 32, "height": 24}
@@ -94,3 +97,19 @@ def test_what_does_not_fit_is_told_in_one_sentence(animatediff, tmp_path):
     with pytest.raises(ValueError, match="AnimateDiffPipeline takes no controlnet_"):
         long_video(recipe(7, (1, 5)), out, pipe=animatediff)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_read_one_after_another_and_none_is_kept(monkeypatch):
+    read_so_far, alive = [], []
+
+    def read(name, given):
+        for _ in range(5):
+            picture = Image.new("RGB", (400, 300))
+            read_so_far.append(weakref.ref(picture))
+            alive.append(sum(ref() is not None for ref in read_so_far))
+            yield picture
+
+    monkeypatch.setattr(sparse_control, "pictures_of", read)
+    conditions = SparseConditions(tiny.animatediff_sparse(), recipe(7, (0, 1, 2, 3, 6)), None, (0, 7))
+    assert conditions.arguments()["controlnet_frame_indices"] == [0, 1, 2, 3, 6]
+    assert len(alive) == 5 and max(alive) <= 2 and conditions.conditions.shape == (1, 4, 5, 12, 16)

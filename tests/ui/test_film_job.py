@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +16,8 @@ from PIL import Image
 from reattend.pipelines import Recipe, Upscale, Video, bundled, filming, writing
 from reattend.pipelines.checkpoint import parts_folder
 from reattend.pipelines.film import film_file, frame_count, partial
+from reattend.pipelines.film_inputs import NEEDED
+from reattend.pipelines.filming import filled_in
 from reattend.ui import film_job, image_job
 from reattend.ui.film_job import FilmJob, fill_film_form, film_models, read_film_form
 from reattend.ui.image_job import ImageJob, fill_form, load_recipe, make_image, summary
@@ -108,15 +112,33 @@ def test_bad_input_is_one_sentence_and_starts_nothing(session, changes, words):
             "agent and dual-scope attention and this page can hold dual-scope alone",
         ),
         (Recipe(prompt="a cat", model="elsewhere", video=Video()), "does not offer the model"),
-        (Recipe(prompt="a cat", model=MODEL, video=Video(strength=0.5)), "has strength, which this page cannot show"),
+        (
+            Recipe(prompt="a cat", model=MODEL, video=Video(strength=0.5)),
+            "cannot show; use it on the command line: reattend",
+        ),
+        (
+            Recipe(
+                prompt="a cat", model=MODEL, video=Video(ip_adapter_scale=0.8, pictures={"ip_adapter_image": 64 * "0"})
+            ),
+            "has ip_adapter_image, which this page cannot show; use it from Python: long_video.",
+        ),
+        (Recipe(prompt="a cat", model=MODEL, video=Video(pag_scale=2.0)), "has pag_scale, which this page cannot show"),
     ],
-    ids=["picture", "upscale", "two", "model", "input"],
+    ids=["picture", "upscale", "two", "model", "input", "adapter", "guidance"],
 )
 def test_an_unusable_recipe_is_one_sentence_and_fills_nothing(tmp_path, recipe, words):
     file = tmp_path / "car.json"
     file.write_text(recipe.to_json())
     values, view = load_recipe(file, [MODEL], fill_film_form)
     assert values == {} and view.tone == "bad" and words in view.message
+
+
+def test_a_film_with_perturbed_attention_guidance_made_here_can_be_loaded_again():
+    asked = read_film_form(film_form(**SMALL), [MODEL])
+    made = filled_in(asked, tiny.fresh(tiny.animatediff_inputs("PAG")))
+    assert made.video.pag_scale is not None and made.video.pag_applied_layers
+    again = read_film_form(film_form() | fill_film_form(replace(made, model=MODEL), [MODEL]), [MODEL])
+    assert again.video == asked.video
 
 
 def test_the_image_tab_sends_films_here():
@@ -129,7 +151,12 @@ def test_models_are_sorted_by_what_they_make(animatediff_folder, sd_folder, tmp_
     pictures, films = film_models(named)
     assert films[0] == str(animatediff_folder) and "owner/name" in films and str(sd_folder) not in films
     assert str(animatediff_folder) not in pictures and {str(sd_folder), "owner/name", "tiny-sd"} <= set(pictures)
-    (tmp_path / "model_index.json").write_text("[]")
+    index = tmp_path / "model_index.json"
+    for kind in (name for name in dir(diffusers) if name.startswith("AnimateDiff")):
+        index.write_text(json.dumps({"_class_name": kind}))
+        needs = NEEDED.keys() & inspect.signature(getattr(diffusers, kind).__call__).parameters.keys()
+        assert film_models([str(tmp_path)]) == ([], [] if needs - {"ip_adapter_image"} else [str(tmp_path)])
+    index.write_text("[]")
     assert film_models([str(tmp_path)]) == ([str(tmp_path)], [str(tmp_path)])  # it tells when it is used
 
 

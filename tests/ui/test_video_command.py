@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -167,13 +168,63 @@ def test_a_film_is_made_from_another_and_goes_on(alone, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(video_command, "Bar", Interrupting)
         assert main([*argv, "--out", str(out)]) == 130
-    capsys.readouterr()
+    assert f"--resume {out} --video {alone}\n" in capsys.readouterr().err
     assert main(["video", "--resume", str(out)]) == 2
     assert "needs video: give the film to start from" in capsys.readouterr().err
     assert main(["video", "--resume", str(out), "--video", str(alone)]) == 0
     assert np.array_equal(frames_of(out), frames_of(whole))
     assert main([*argv, "--frames", "5", "--out", str(tmp_path / "five.mp4")]) == 2
     assert "video has 6 pictures, but the film has 5 frames" in capsys.readouterr().err
+
+
+def test_pictures_are_counted_but_not_read_and_those_for_a_few_frames_are_not_counted(tmp_path):
+    poses = tmp_path / "my poses"
+    poses.mkdir()
+    for i in range(3):
+        (poses / f"{i}.png").write_text("no picture")
+    command = video_command.Video(prompt="a cat", conditioning_frames=(poses, poses), video=None)
+    assert command.to_recipe().video.frames == 3
+    assert command._picture_options() == ["--conditioning-frames", str(poses)] * 2
+    file = tmp_path / "cat.json"
+    file.write_text(Recipe(prompt="a cat", video=Video(frames=7, controlnet_frame_indices=(1, 5, 6))).to_json())
+    again = video_command.Video(recipe=file, conditioning_frames=(poses,))
+    assert again.to_recipe().video.frames == 7
+
+
+def test_pictures_for_the_nets_of_a_model(tmp_path, monkeypatch, capsys):
+    one, sparse = tiny.fresh(tiny.animatediff_inputs("ControlNet")), tiny.fresh(tiny.animatediff_sparse())
+    one.register_modules(controlnet=diffusers.MultiControlNetModel([one.controlnet]))
+    poses, empty, out = tmp_path / "poses", tmp_path / "empty", tmp_path / "cat.mp4"
+    for folder in (poses, empty):
+        folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 24), (99 * i, 0, 0)).save(poses / f"{i}.png")
+    argv = [
+        "video",
+        "a cat",
+        "--steps",
+        "1",
+        "--width",
+        "32",
+        "--height",
+        "24",
+        "--out",
+        str(out),
+        "--conditioning-frames",
+    ]
+    monkeypatch.setattr("reattend.pipelines.load", lambda *_, **__: sparse)
+    assert main([*argv, str(poses)]) == 2
+    assert (
+        "takes pictures for a few frames, which do not tell how long the film is; give --frames"
+        in capsys.readouterr().err
+    )
+    assert main([*argv, str(empty)]) == 2
+    assert f"the folder {empty} holds no pictures" in capsys.readouterr().err
+    monkeypatch.setattr("reattend.pipelines.load", lambda *_, **__: one)
+    assert main([*argv, str(poses), "--conditioning-frames", str(poses)]) == 2
+    assert "has one ControlNet here, got 2 times conditioning_frames" in capsys.readouterr().err
+    assert main([*argv, str(poses)]) == 0
+    assert Recipe.read(out).video.frames == 2
 
 
 def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_folder, tmp_path, capsys):
