@@ -36,7 +36,7 @@ LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
 GUIDED_LENGTH_WEIGHTS = (0.5, 0.2, 0.3)  # in the guided steps
 LAYOUT = 0.1  # weight of telling what is where
 GUIDED_EMA = 0.99  # decay of the averaged weights in the guided steps: they must leave those of before behind
-SHIFT = 2.0  # of the sampler's steps towards the noisy side
+SHIFT = 3.0  # of the sampler's steps towards the noisy side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FluxConfig(TrainingConfig):
 
     out: Path = Path("runs/flux")
     guided_steps: int = 2000  # how many of the last steps learn the guided velocity
-    guidance: float = 3.0  # that they learn
+    guidance: float = 4.5  # that they learn
 
 
 def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
