@@ -74,7 +74,8 @@ def compare(
         model: a loaded pipeline of the emoji world, or what `load` takes.
         out: folder of `results.jsonl`, `summary.json`, and a strip of the first stories for each arm.
         pairs, triples: stories of two and of three characters.
-        arms: names from ARMS; "stock" is always among them.
+        arms: names from ARMS; "stock" is always among them. "sampled tokens" is for
+            UNets and left out elsewhere.
         on_progress: called with stories done and in all.
 
     Returns:
@@ -89,7 +90,7 @@ def compare(
         raise ValueError(f"got {pairs} pairs and {triples} triples, need at least one story")
     pipe = load(model) if isinstance(model, (str, Path)) else model
     unet = getattr(pipe, "unet", None) is not None
-    chosen = ["stock", *(arm for arm in arms if arm != "stock")]
+    chosen = ["stock", *(arm for arm in arms if arm != "stock" and (unet or ARMS[arm] is not None))]
     settings = {
         "pairs": pairs, "triples": triples, "steps": steps, "seed": seed, "model": fingerprint(pipe),
         "reader": reader_digest(), "arms": {arm: ARMS[arm] for arm in chosen},

@@ -153,3 +153,8 @@ def test_arms_without_own_words_are_without_them_in_joint_layers(flux, monkeypat
                 stories._story(flux, tale.script(2), arm)
     assert {arm for arm, script in seen.items() if script.consistency.get("text_mix") != 0.0} == {"own words", "all"}
     assert all(one.looks and one.looks not in seen["all"].panels[0].prompt for one in seen["all"].subjects)
+
+
+def test_sampled_tokens_are_left_out_where_there_is_no_unet(tmp_path):
+    settings = {"pairs": 1, "triples": 0, "steps": 1, "arms": ["sampled tokens"], "out": tmp_path}
+    assert set(compare("tiny-flux", **settings)["arms"]) == {"stock"}
