@@ -57,9 +57,8 @@ class IsolationRepositionAttnProcessor(AttnMethod):
 
     panels: tuple[tuple[Place, ...], ...] = ()  # who is where in each picture
     references: tuple[Place, ...] = ()  # one for each reference; several of one subject share its weight
-    caption_rows: bool = (
-        False  # in joint layers, which have text in their rows alone: captions of places are rows of the call
-    )
+    # in joint layers, which have text in their rows alone: captions of places are rows of the call
+    caption_rows: bool = False
     # rows of the same call; a bank filled by an earlier one; "record" fills the bank
     source: Literal["rows", "bank", "record"] = "rows"
     strength: float = 1.0  # share of a subject's tokens that see its references at each step, 0 to 1; more = more alike

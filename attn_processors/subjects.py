@@ -1,8 +1,8 @@
 """Who is where in the rows of a call: what isolation and reposition need to know, worked out once per grid.
 
-A `Cast` belongs to one installed method and one denoiser: it lays the
-places over the grids of the call, finds the tokens of every subject, and keeps what changes from step to step (masks
-read from attention maps, which queries may read a reference, the bank).
+A `Cast` belongs to one installed method and one denoiser: it lays the places over the grids of the call, finds the tokens
+of every subject, and keeps what changes from step to step (masks read from attention maps, which queries may read a
+reference, the bank).
 """
 
 from __future__ import annotations
@@ -236,11 +236,8 @@ class Cast:
     def told_in(self, number: int, call: LayerCall) -> list[int]:
         """The subjects of a panel that read a caption of their own, where they are on the grid of this layer."""
         _, boxes = self.owner(number, call.layout.shape)
-        return [
-            self.subjects.index(place.subject)
-            for place in self.method.panels[number]
-            if place.caption and place.subject in boxes
-        ]
+        told = [subject for panel, subject, _ in self.method.captions if panel == number]
+        return [self.subjects.index(subject) for subject in told if subject in boxes]
 
     def sources(self, call: LayerCall) -> list[Source]:
         """The references that this layer can read now."""

@@ -149,7 +149,7 @@ def own_rows(
         return [row for row in found for _ in range(len(rows) // len(found))]
 
     own = {}
-    if method.source == "rows" and method.strength:
+    if method.source == "rows":
         share = REFERENCE_SHARE * method.text_mix
         own = {s: ([for_all("reference", one.number) for one in several], share) for s, several in readers.items()}
     for which, (panel, subject, _) in enumerate(method.captions if method.caption_rows else ()):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.checks import check_number, check_side, check_text
-from ..pipelines.files import PICTURES as FORMATS
+from ..pipelines.files import ENDINGS, PICTURES
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, VERSION, about_digest, claim, is_whole, write_shard
 from .sparing import MOST
@@ -33,7 +33,6 @@ __all__ = ["captioned_pictures", "make_dataset", "own_size", "read_prompts"]
 
 log = logging.getLogger(__name__)
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_LENGTH = 10_000  # characters
 
 
@@ -176,13 +175,13 @@ def captioned_pictures(folder: Path) -> list[tuple[Path, str]]:
                     f"{folder / 'metadata.jsonl'} line {number} is no JSON with file_name and text"
                 ) from None
     found, bare = [], []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES):
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS):
         beside = path.with_suffix(".txt")
         caption = told.get(path.name) or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
         found.append((path, caption))
         bare += [] if caption else [path.name]
     if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+        raise ValueError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
     if bare:
         raise ValueError(
             f"{len(bare)} of {len(found)} pictures in {folder} have no caption, for example {bare[0]}; write it into a "
@@ -275,7 +274,7 @@ def _upright(path: Path) -> Iterator[Image.Image]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(path, formats=PICTURES) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             yield picture
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # UnidentifiedImageError is an OSError

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURES", "check_writable", "free_path", "inside", "opened", "written_whole"]
+__all__ = ["ENDINGS", "PICTURES", "check_writable", "free_path", "inside", "opened", "written_whole"]
 
 PICTURES = ["PNG", "JPEG", "WEBP"]  # formats that are read; of others Pillow starts programs
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of their files
 
 
 @contextlib.contextmanager

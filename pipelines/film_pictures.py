@@ -14,13 +14,12 @@ from pathlib import Path
 from PIL import Image
 
 from .events import CancelToken
-from .files import opened
+from .files import ENDINGS, opened
 from .film import frame_count, frames_of
 
 __all__ = ["Pictures", "count_of", "digest_of", "picture_files", "pictures_of"]
 
 Pictures = Sequence[Image.Image] | str | Path
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def pictures_of(name: str, given: Pictures, span: tuple[int, int | None] | None = None) -> Iterator[Image.Image]:
@@ -76,7 +75,7 @@ def _listed(name: str, given: Sequence[Image.Image]) -> Sequence[Image.Image]:
 
 def picture_files(folder: Path) -> list[Path]:
     """The picture files of a folder, in the order of their names. Raises ValueError if there are none."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
     if not found:
         raise ValueError(f"the folder {folder} holds no pictures; put PNG, JPEG or WebP files into it, or give an MP4")
     return found

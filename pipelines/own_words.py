@@ -78,15 +78,13 @@ def captioned_places(script: Script, number: int, places: Sequence[Place]) -> tu
 def check_captions(pipe: Any, script: Script, numbers: Sequence[int]) -> None:
     """Raise ValueError if the model cannot read the captions of these panels for each subject, or not to their ends."""
     kind, accepts = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
-    told = [
-        (number, one)
-        for number in numbers
-        for one in script.subjects
-        if one.name in script.present(script.panels[number])
-    ]
-    told = [(number, one) for number, one in told if one.looks]
-    separate = getattr(pipe, "unet", None) is not None
-    if told and not separate and not any(family in kind for family in ("Flux", "StableDiffusion3")):
+    present = [(number, script.subject(name)) for number in numbers for name in script.present(script.panels[number])]
+    told = [(number, one) for number, one in present if one.looks]
+    if (
+        told
+        and getattr(pipe, "unet", None) is None
+        and not any(family in kind for family in ("Flux", "StableDiffusion3"))
+    ):
         # the others mask padded text, whose places differ from row to row
         raise ValueError(f"{kind} cannot read a caption for each subject; leave out how {told[0][1].name!r} looks")
     for number, one in told:

@@ -161,10 +161,8 @@ class _Job:
         )
         if not subjects and not method.captions:
             method = replace(method, text_mix=0.0)
-        captions = method.captions
-        texts = encoded(self.pipe, [caption for *_, caption in captions]) if self.unet else {}
-        if not method.caption_rows:
-            captions = []
+        captions = method.captions if method.caption_rows else []
+        texts = {} if captions else encoded(self.pipe, [caption for *_, caption in method.captions])
         bank = None
         if method.source == "bank":
             bank, pictures = self._fill(method, subjects, made)

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...pipelines.files import ENDINGS
 from ..image_job import View
 from ..jobs import one_line
 from ..story_files import KEPT, keep_picture
@@ -23,7 +24,6 @@ ABOUT = (
     "one here; then say there what yours shows. It is cut to the shape of the story, around the place you mark, and kept with "
     f"at most {KEPT} pixels a side."
 )
-ENDINGS = [".png", ".jpg", ".jpeg", ".webp"]
 
 
 def pictures(names: Sequence[str]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def pictures(names: Sequence[str]) -> dict[str, Any]:
         )
         own["give"] = gr.UploadButton(
             "Choose a picture (PNG, JPEG, WebP)",
-            file_types=ENDINGS,
+            file_types=list(ENDINGS),
             type="filepath",
             size="md",
             elem_id=f"{PREFIX}give",
