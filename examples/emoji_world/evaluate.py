@@ -240,10 +240,7 @@ def summarized(
         settings=settings,
         about=about,
         samples=samples,
-        rates={
-            arm: {words: rate(*(int(n) for n in table.sum(0))) for words, table in found.items()}
-            for arm, found in counts.items()
-        },
+        rates={arm: {words: rate(*table.T) for words, table in found.items()} for arm, found in counts.items()},
         differences={
             arm: {words: difference(found[words][:, 0], first[words][:, 0], first[words][:, 1]) for words in MEASURES}
             for arm, found in list(counts.items())[1:]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 __all__ = ["Difference", "Rate", "difference", "rate"]
 
@@ -47,18 +48,36 @@ class Difference(Estimate):
         return self._text("{} [{}, {}]", "+.1f")
 
 
-def rate(right: int, asked: int) -> Rate:
+def rate(right: ArrayLike, asked: ArrayLike) -> Rate:
     """Wilson's score interval (1927): inside [0, 1], and not empty at 0 or 100 %.
 
-    Several sprites of one picture are counted as if they were independent.
+    Answers about one picture or one story depend on each other, so `asked` is divided by the design effect: how much the
+    variance between groups, of the ratio estimator, is above that of independent answers (Korn and Graubard 1998).
+
+    Args:
+        right: right answers, a number or one per group, shape (n,).
+        asked: questions, as `right`. Those of a single number count as independent.
     """
-    if not asked:
+    per_group = np.atleast_1d(np.asarray(right, np.float64)), np.atleast_1d(np.asarray(asked, np.float64))
+    total, n = per_group[0].sum(), per_group[1].sum()
+    if not n:
         return Rate(right=0, asked=0)
-    p, z2 = right / asked, Z * Z
-    middle = (p + z2 / (2 * asked)) / (1 + z2 / asked)
-    reach = Z / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
-    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
-    return Rate(right=right, asked=asked, value=p, low=low, high=high)
+    p = total / n
+    k = max(1.0, n / _design_effect(*per_group))  # as many independent answers would tell as much
+    z2 = Z * Z
+    middle = (p + z2 / (2 * k)) / (1 + z2 / k)
+    reach = Z / (1 + z2 / k) * math.sqrt(p * (1 - p) / k + z2 / (4 * k**2))
+    low, high = max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
+    return Rate(right=int(total), asked=int(n), value=float(p), low=low, high=high)
+
+
+def _design_effect(right: np.ndarray, asked: np.ndarray) -> float:
+    """At least 1, which is also the answer where one group, or only right or only wrong answers, tell nothing."""
+    groups, p = int((asked > 0).sum()), right.sum() / asked.sum()
+    if groups < 2 or p in (0, 1):
+        return 1.0
+    between = groups / (groups - 1) * ((right - p * asked) ** 2).sum() / asked.sum() ** 2
+    return max(1.0, float(between / (p * (1 - p) / asked.sum())))
 
 
 def difference(right: np.ndarray, base: np.ndarray, asked: np.ndarray) -> Difference:

@@ -214,7 +214,7 @@ def _summary(results: Results, tales: Sequence[Tale], arms: Sequence[str]) -> di
         rates, differences = {}, {}
         for measure in MEASURES:
             ours, stock = (np.array([one[measure] for one in both], np.float64) for both in (counts, base))
-            rates[measure] = str(rate(int(ours[:, 0].sum()), int(ours[:, 1].sum())))
+            rates[measure] = str(rate(ours[:, 0], ours[:, 1]))
             if arm != "stock" and measure not in ("tint kept", "swapped"):  # asked of those present: not as often
                 differences[measure] = str(difference(ours[:, 0], stock[:, 0], ours[:, 1]))
         found[arm] = {

@@ -39,7 +39,7 @@ def summarize(results: Results, forms: Sequence[str], samples: int) -> dict[str,
         return {words: np.array([measure(score) for score in scores]) for words, measure in counts.items()}
 
     def rates(found: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {words: asdict(rate(*(int(n) for n in pairs.sum(0)))) for words, pairs in found.items()}
+        return {words: asdict(rate(*pairs.T)) for words, pairs in found.items()}
 
     teacher = right(TEACHER)
     rows: dict[str, Any] = {}

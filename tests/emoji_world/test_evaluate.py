@@ -238,6 +238,22 @@ def test_wilson_intervals_match_known_values() -> None:
     assert str(rate(0, 0)) == "-"
 
 
+def test_answers_that_depend_on_each_other_tell_less() -> None:
+    rng = np.random.default_rng(0)
+    asked = np.full(60, 3)
+    alone, together = rng.binomial(3, 0.8, 60), 3 * rng.binomial(1, 0.8, 60)
+    pooled = rate(int(together.sum()), 180)
+    found = rate(together, asked)
+    assert (found.right, found.asked, found.value) == (pooled.right, pooled.asked, pooled.value)
+    widened = (found.high - found.low) / (pooled.high - pooled.low)
+    assert widened == pytest.approx(3**0.5, rel=0.1)  # three answers that always agree are one
+    assert rate(together // 3, asked // 3).low == pytest.approx(found.low, abs=0.02)
+    free = rate(alone, asked)
+    assert (free.high - free.low) / (rate(int(alone.sum()), 180).high - rate(int(alone.sum()), 180).low) < 1.2
+    assert rate(asked, asked) == rate(180, 180)
+    assert rate([2, 0], [3, 0]) == rate(2, 3)  # one group tells nothing of the others
+
+
 def test_paired_differences_ignore_what_both_arms_share() -> None:
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, 400)
