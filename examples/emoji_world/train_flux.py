@@ -10,13 +10,15 @@ noise - picture (Liu et al. 2023; Esser et al. 2024). Two things make a plain `p
   velocity, v(empty) + guidance * (v(caption) - v(empty)), of the averaged weights as they were before: guidance is built in,
   and a step costs one call (after Meng et al. 2023).
 
-Until then the hidden states half-way through the transformer also learn to tell what is where (`layout`).
+Before the first picture T5 learns to read captions (`clauses`), and goes on telling what it read. Until the guided steps
+the hidden states half-way through the transformer also learn to tell what is where (`layout`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..pipelines.files import written_whole
-from . import captions
+from . import captions, world
+from .clauses import ClauseHead, word_labels
 from .layout import LayoutHead
 from .training import Batch, Trainer, TrainingConfig, start_processes
 
@@ -35,6 +38,8 @@ TEXT_LENGTHS = (24, 64, 512)  # of the T5 tokens; the longest caption of the wor
 LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
 GUIDED_LENGTH_WEIGHTS = (0.5, 0.2, 0.3)  # in the guided steps
 LAYOUT = 0.1  # weight of telling what is where
+CLAUSES = 0.1  # weight of telling what the caption says of a word
+CAPTIONS = 64  # per step before the first picture
 GUIDED_EMA = 0.99  # decay of the averaged weights in the guided steps: they must leave those of before behind
 SHIFT = 3.0  # of the sampler's steps towards the noisy side
 
@@ -46,6 +51,7 @@ class FluxConfig(TrainingConfig):
     out: Path = Path("runs/flux")
     guided_steps: int = 2000  # how many of the last steps learn the guided velocity
     guidance: float = 4.5  # that they learn
+    text_steps: int = 1000  # of T5 on captions alone, before the first of `steps`
 
 
 def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
@@ -67,15 +73,21 @@ class FluxTrainer(Trainer):
 
     side = 256
     lean = 1.0  # what goes wrong is which sprites there are, and that is decided early
+    large = 0.2  # upscaling draws sprites of twice as many tokens
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)
         self.teacher: dict[str, nn.Module] | None = None
         self.parts["transformer"].single_transformer_blocks[0].register_forward_hook(self._keep_hidden)
+        self.parts["text_encoder_2"].register_forward_hook(self._keep_text)
 
     def _keep_hidden(self, block: nn.Module, given: tuple, answer: tuple[Tensor, Tensor]) -> None:
         """Of the image tokens, half-way through the transformer."""
         self.hidden = answer[1]
+
+    def _keep_text(self, encoder: nn.Module, given: tuple, answer: Any) -> None:
+        """Of the words, as T5 gives them to the transformer."""
+        self.text = answer.last_hidden_state
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer, self.t5_tokenizer = captions.build_tokenizer(), captions.build_t5_tokenizer()
@@ -84,6 +96,7 @@ class FluxTrainer(Trainer):
             "transformer": transformer,
             "text_encoder": captions.build_text_encoder(self.tokenizer),
             "text_encoder_2": captions.build_t5_encoder(self.t5_tokenizer),
+            "clauses": ClauseHead(captions.WIDTH),
             "layout": LayoutHead(transformer.config.num_attention_heads * transformer.config.attention_head_dim),
         }
 
@@ -96,8 +109,32 @@ class FluxTrainer(Trainer):
         loss = (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
         if guided:
             return loss
+        ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, length))
+        loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, ids))
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
+        if rows > world.LATTICE:  # its cells are the tokens of the base size
+            return loss
         return loss + LAYOUT * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
+
+    def train(self) -> None:
+        if self.done == 0:
+            self.learn_to_read()
+        super().train()
+
+    def learn_to_read(self) -> float:
+        """T5 on captions alone, the same in every process; the loss of the last step."""
+        encoder, head, loss = self.parts["text_encoder_2"], self.parts["clauses"], torch.zeros(())
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=self.config.lr)
+        rng = np.random.default_rng((self.config.seed, 3))
+        for _ in range(self.config.text_steps):
+            words = world.sample_captions(rng, CAPTIONS, held_out=False)
+            ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, TEXT_LENGTHS[0]))
+            loss = head(encoder(ids).last_hidden_state, word_labels(self.t5_tokenizer, words, ids))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], 1.0)
+            optimizer.step()
+        return loss.item()
 
     @torch.no_grad()
     def guided(self, mixed: Tensor, words: list[str], times: Tensor) -> Tensor:
@@ -153,7 +190,7 @@ class FluxTrainer(Trainer):
             shift_factor=0.0, sample_size=self.side
         )  # FluxPipeline adds the one, `load` reads the other
         parts = self.averaged()
-        del parts["layout"]
+        del parts["layout"], parts["clauses"]
         return FluxPipeline(
             **parts,
             vae=vae,

@@ -1,7 +1,7 @@
 """What the trainings of the bundled models share: pictures encoded once, two stages, one loop, averaged weights, resuming.
 
 Close-ups are small pictures filled by one sprite: they teach what each kind looks like at a fraction of the cost. Scenes
-are the pictures of the base size. The learning rate is flat and falls over the last fifth, so a run can be lengthened:
+are the pictures of the base size; where `large` says so, a share of the steps sees them at twice the side. The learning rate is flat and falls over the last fifth, so a run can be lengthened:
 give a larger --steps. Any number of processes (`torchrun --nproc-per-node 2 -m ...`) gives the same training up to
 rounding; one per core is fastest, and the run does not stall when another program takes a core.
 """
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 CLOSE_UP = 8  # side of a close-up in lattice steps
-CLOSE_UPS_PER_SCENE = 3  # in a batch: they are that much cheaper
+COSTS = {"close-ups": 1 / 3, "scenes": 1, "large": 4}  # of a picture; a batch has that many fewer of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ class Trainer:
 
     side: int  # of a scene, in pixels
     lean = 0.5  # to the noisy side, see `sample_times`
+    large = 0.0  # share of the steps after the close-ups that see scenes of twice the side
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
 
     def __init__(self, config: Any):
@@ -154,12 +155,13 @@ class Trainer:
 
     def pool(self, name: str) -> tuple[list[world.Scene], Tensor]:
         """The scenes and latents of a stage; latents are encoded once and kept beside the state."""
-        draw_scene, side = {
-            "close-ups": (sample_close_up, self.side // world.LATTICE * CLOSE_UP),
-            "scenes": (world.sample_scene, self.side),
+        draw_scene, side, count = {
+            "close-ups": (sample_close_up, self.side // world.LATTICE * CLOSE_UP, self.config.pool),
+            "scenes": (world.sample_scene, self.side, self.config.pool),
+            "large": (world.sample_scene, 2 * self.side, self.config.pool // COSTS["large"]),
         }[name]
         rng = np.random.default_rng((self.config.seed, side))
-        scenes = [draw_scene(rng) for _ in range(self.config.pool)]
+        scenes = [draw_scene(rng) for _ in range(count)]
         file = self.config.out / f"{name}.pt"
         if file.exists():
             latents = torch.load(file, weights_only=True)
@@ -174,24 +176,35 @@ class Trainer:
         keep = [i for i, scene in enumerate(scenes) if learnable(scene)]
         return [scenes[i] for i in keep], latents[keep]
 
+    def stage(self, step: int) -> str:
+        """Which pool a step learns from."""
+        if step < self.config.close_up_steps:
+            return "close-ups"
+        return "large" if np.random.default_rng((self.config.seed, step, 2)).random() < self.large else "scenes"
+
     def train(self) -> None:
         """Run to the end, from where the state is."""
         config = self.config
         ranks, rank = dist.get_world_size() if dist.is_initialized() else 1, self.rank
         config.out.mkdir(parents=True, exist_ok=True)
-        stage, latents, start, losses = "", torch.empty(0), time.monotonic(), []
-        scenes: list[world.Scene] = []
+        start, losses = time.monotonic(), []
+        pools: dict[str, tuple[list[world.Scene], Tensor]] = {}
         for step in range(self.done, config.steps):
-            wanted = "close-ups" if step < config.close_up_steps else "scenes"
-            if wanted != stage:
+            stage = self.stage(step)
+            if stage not in pools:
                 if rank:
                     dist.barrier()  # the first process encodes, the others read
-                stage, (scenes, latents) = wanted, self.pool(wanted)
+                if stage == "scenes":
+                    pools.clear()  # of close-ups
+                pools[stage] = self.pool(stage)
                 if ranks > 1 and not rank:
                     dist.barrier()
+            scenes, latents = pools[stage]
             rng = np.random.default_rng((config.seed, step))
             generator = torch.Generator().manual_seed(config.seed * 10**7 + step)
-            count = config.batch * (CLOSE_UPS_PER_SCENE if stage == "close-ups" else 1)
+            count = max(1, round(config.batch / COSTS[stage]))
+            if count < ranks:
+                raise ValueError(f"{ranks} processes need a larger --batch: {stage} come {count} at a time")
             chosen = rng.integers(len(scenes), size=count)
             words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
             clean = latents[chosen].float()
