@@ -1,9 +1,10 @@
 """What the trainings of the bundled models share: pictures encoded once, two stages, one loop, averaged weights, resuming.
 
 Close-ups are small pictures filled by one sprite: they teach what each kind looks like at a fraction of the cost. Scenes
-are the pictures of the base size; where `large` says so, a share of the steps sees them at twice the side. The learning rate is flat and falls over the last fifth, so a run can be lengthened:
-give a larger --steps. Any number of processes (`torchrun --nproc-per-node 2 -m ...`) gives the same training up to
-rounding; one per core is fastest, and the run does not stall when another program takes a core.
+are the pictures of the base size; where `large` says so, a share of the steps sees them at twice the side. The learning
+rate is flat and falls over the last fifth, so a run can be lengthened: give a larger --steps. Any number of processes
+(`torchrun --nproc-per-node 2 -m ...`) gives the same training up to rounding; one per core is fastest, and the run does
+not stall when another program takes a core.
 """
 
 from __future__ import annotations
