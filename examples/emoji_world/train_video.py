@@ -119,6 +119,7 @@ class VideoTrainer(Trainer):
     """tiny-video: motion modules in tiny-sd's UNet, at 128 px."""
 
     side = 128
+    lean = 1.0  # what a frame shows is decided early, and that is what frames have to agree on
 
     def build(self) -> dict[str, nn.Module]:
         base = DiffusionPipeline.from_pretrained(self.config.base, torch_dtype=torch.float32)
