@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .scopes import Scopes
 
 __all__ = ["SlotTables", "own_slots", "slot_tables", "slots_of"]
+
+KEPT = 2048  # blocks of a film whose slots and masks are kept: every layer, place and step asks for the same ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,8 @@ def slot_tables(positions: Tensor, to_k: Callable[[Tensor], Tensor], to_v: Calla
     return SlotTables((to_k(places) - to_k(nothing))[0], (to_v(places) - to_v(nothing))[0])
 
 
+@lru_cache(maxsize=KEPT)
+@torch.inference_mode(False)  # what is kept may be needed with gradients later
 def slots_of(scopes: Scopes, span: Span, frames: Sequence[int], device: torch.device) -> Tensor:
     """The slot of each of `frames` as each query of `span` sees it, int64, shape (c, frames)."""
     windows = torch.tensor([scopes.window(i) for i in range(*span)], device=device)

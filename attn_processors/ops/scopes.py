@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..comm import Comm, Span
-from .positions import SlotTables, slots_of
+from .positions import KEPT, SlotTables, slots_of
 
 __all__ = ["Clip", "Scopes", "TokenScale", "midpoints", "scoped_attention", "scoped_reference"]
 
@@ -192,6 +192,8 @@ def _attend(
     return out
 
 
+@lru_cache(maxsize=KEPT)
+@torch.inference_mode(False)  # what is kept may be needed with gradients later
 def _masks(scopes: Scopes, span: Span, biases: tuple[float, float], device: torch.device) -> tuple[Tensor, Tensor]:
     """Who of the reached frames and who of the anchors counts for each query of the block; each frame once."""
     a, b = scopes.reach(span)

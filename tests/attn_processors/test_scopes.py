@@ -174,3 +174,17 @@ def test_normalising_parts_is_group_norm():
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         half = normalise(x.transpose(1, 2).bfloat16(), norm.bfloat16(), mean, variance)
     torch.testing.assert_close(half.float(), want, atol=5e-2, rtol=2e-2)  # 8 bits of mantissa
+
+
+def test_what_is_kept_of_a_film_serves_training_too() -> None:
+    torch.manual_seed(0)
+    scopes, tables = Scopes(40, 8, 4), SlotTables(torch.randn(8, 2, 4), torch.randn(8, 2, 4))
+    q, k, v = torch.randn(3, 1, 40, 2, 4)
+    far = [x[:, list(scopes.anchors)] for x in (k, v)]
+    with torch.inference_mode():
+        made = scoped_attention(q, (k, v), (far[0], far[1]), scopes, (0, 40), scale=0.5, tables=tables)
+    q.requires_grad_()
+    again = scoped_attention(q, (k, v), (far[0], far[1]), scopes, (0, 40), scale=0.5, tables=tables)
+    assert torch.equal(made, again)
+    again.sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
