@@ -4,7 +4,7 @@ Run: torchrun --nproc-per-node 2 -m reattend.emoji_world.train_video --out runs/
 
 tiny-sd itself stays as it is: every motion module begins as nothing (its last layer is zero), so the first step already
 makes the pictures of tiny-sd, and what is learned is how they follow each other (AnimateDiff, arXiv 2307.04725). Sprites
-move along the lattice of the world, which is the grid of the latents, and come back.
+go to and fro along the lattice of the world, which is the grid of the latents.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class VideoConfig(TrainingConfig):
 
 
 def moving(scene: world.Scene, frames: int, rng: np.random.Generator) -> list[world.Scene]:
-    """A scene over time: every sprite goes its way, one lattice step in `PACES` frames, and comes back.
+    """A scene over time: every sprite goes to and fro on its way, one lattice step in `PACES` frames.
 
-    Sprites never overlap and keep their order from left to right, which is that of the caption. Where that leaves no way,
-    all stay where they are.
+    The clip begins anywhere on the way: a frame's number says nothing of when a sprite turns, for in a long film it is the
+    number in the window. Sprites never overlap and keep their order from left to right, which is that of the caption. Where
+    that leaves no way, all stay where they are.
     """
     for trial in range(TRIES):
         moves = rng.random(len(scene.sprites)) < (1.0 if trial < TRIES // 2 else 0.5)
@@ -74,17 +75,20 @@ def moving(scene: world.Scene, frames: int, rng: np.random.Generator) -> list[wo
 
 
 def _way(sprite: world.Sprite, frames: int, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """How far a sprite is from where it began, in each frame, as fractions of the picture: there and back again."""
+    """How far a sprite is from its place in each frame, as fractions of the picture."""
     room = round((1 - sprite.side) * world.LATTICE)
     pace, way = int(rng.choice(PACES)), []
+    late = int(rng.integers(pace))  # frames that it has been on its first step
     direction = (0, 0)
     while direction == (0, 0):
         direction = (int(rng.integers(-1, 2)), int(rng.integers(-1, 2)))
     for centre, step in zip((sprite.x, sprite.y), direction, strict=True):
         begin = round((centre - sprite.side / 2) * world.LATTICE)
-        far = room - begin if step > 0 else begin  # lattice steps to the edge
-        turn = int(rng.integers(far + 1)) if step else 0
-        way.append([step * _there_and_back(k // pace, turn) / world.LATTICE for k in range(frames)])
+        ahead, behind = (room - begin, begin) if step > 0 else (begin, room - begin)  # lattice steps to the edges
+        far = int(rng.integers(min(1, ahead), ahead + 1))  # where it turns
+        back = int(rng.integers(behind + 1))  # where it turns on the way back
+        steps = [_there_and_back(back + (k + late) // pace, back + far) - back for k in range(frames)]
+        way.append([step * count / world.LATTICE for count in steps])
     return list(zip(*way, strict=True))
 
 
@@ -119,6 +123,7 @@ class VideoTrainer(Trainer):
     """tiny-video: motion modules in tiny-sd's UNet, at 128 px."""
 
     side = 128
+    lean = 1.0  # what a frame shows is decided early, and that is what frames have to agree on
 
     def build(self) -> dict[str, nn.Module]:
         base = DiffusionPipeline.from_pretrained(self.config.base, torch_dtype=torch.float32)

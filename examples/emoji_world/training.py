@@ -273,7 +273,7 @@ def sample_times(count: int, generator: torch.Generator, lean: float) -> Tensor:
     """
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     uniform = uniform[torch.randperm(count, generator=generator)]
-    third = count // 3
+    third = int(count / 3 + float(torch.rand((), generator=generator)))  # on the average, also of two
     spread = torch.sigmoid(lean + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
     return torch.cat([uniform[:third], spread]).clamp(max=1 - 1e-6)
 

