@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..attn_processors.comm import Comm, RankLost
+from .checks import attention_in_full
 from .events import Cancelled
 from .recipe import Recipe
 
@@ -22,6 +24,7 @@ __all__ = ["check_alike", "named", "request_digest"]
 def request_digest(recipe: Recipe, pipe: Any) -> str:
     """Of the request and the weights, the same on every device."""
     total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
+    total.update(json.dumps(attention_in_full(recipe.attention)).encode())
     settings = {
         k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")
     }  # notes are in no order

@@ -14,7 +14,7 @@ import tiny
 import torch
 from films import close, make, make_on_ranks
 
-from reattend.attn_processors import install
+from reattend.attn_processors import dual_scope, install
 from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.pipelines import Recipe, Video, filming, long_video, writing
 from reattend.pipelines import long_video as package_long_video
@@ -231,6 +231,12 @@ def test_the_digest_does_not_depend_on_the_order_of_a_set():
         found.add(request_digest(recipe(), pipe))
     pipe.scheduler.register_to_config(beta_end=0.5)
     assert len(found) == 1 and request_digest(recipe(), pipe) not in found
+
+
+def test_the_digest_changes_with_phases_that_are_left_to_the_default(animatediff, monkeypatch):
+    before = request_digest(recipe(), animatediff)
+    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))
+    assert request_digest(recipe(), animatediff) != before
 
 
 def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
