@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .context import PipelineRef, context_of
-from .installer import denoisers, remove_all, replace, resolve
+from .installer import remove_all, replace
 from .layer import LayerProcessor
 from .method import AttnMethod
+from .planning import denoisers, resolve
 
 Target = TypeVar("Target")
 

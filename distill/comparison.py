@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attn_processors import AttnMethod
-from ..attn_processors.installer import denoisers
+from ..attn_processors.planning import denoisers
 from ..pipelines.checks import check_number
 from .linear_folder import install_linear, read_linear
 from .step_cost import Flops, counted, timed

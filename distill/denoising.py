@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.image import text_length
+from ..pipelines.filling_in import text_length
 
 __all__ = ["Denoising", "denoising_of"]
 

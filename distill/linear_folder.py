@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..attn_processors import ATTN_PROCESSORS, AttnMethod, ClearAttnProcessor, Handle
 from ..attn_processors.clear import POOL_WEIGHTS
 from ..attn_processors.context import context_of
-from ..attn_processors.installer import apply, plan, remove_all, supported
+from ..attn_processors.installer import apply, remove_all
 from ..attn_processors.layer import EXTRA
+from ..attn_processors.planning import plan, supported
 from ..pipelines.files import written_whole
 
 __all__ = ["install_linear", "load_linear", "read_linear", "save_linear"]

@@ -1,18 +1,23 @@
-"""What a run tells while it goes on: losses, pace and memory."""
+"""What a run tells while it goes on: losses, pace and memory, told to whoever listens and kept in a log."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..pipelines.files import written_whole
 from .losses import Losses
 from .ranks import Ranks
 
-__all__ = ["Meter", "TrainEvent"]
+__all__ = ["Meter", "RunLog", "TrainEvent"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,29 @@ class TrainEvent:
     steps: int
     numbers: dict[str, Any]
     eta: float
+
+
+class RunLog:
+    """The log of a run, `log.jsonl` in its folder: a JSON line each time something is told. One process writes it."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Take out lines after the step a run goes on from."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line may have been cut off
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        with written_whole(self.path) as (aside,):
+            aside.write_text("".join(f"{line}\n" for line in kept))
 
 
 class Meter:

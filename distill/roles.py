@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attn_processors import AttnMethod
-from ..attn_processors.installer import LayerFilter, denoisers, install
+from ..attn_processors.installer import install
 from ..attn_processors.layer import EXTRA, TOLD
+from ..attn_processors.planning import LayerFilter, denoisers
 from .data import mixed
 from .linear_folder import DOWN, UP
 

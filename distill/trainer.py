@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import math
 import signal
@@ -24,14 +23,14 @@ from torch import Tensor
 
 from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
 from ..pipelines.events import CancelToken
-from ..pipelines.files import check_writable, written_whole
+from ..pipelines.files import check_writable
 from .batches import Batches, learning_rate
 from .config import DistillConfig
 from .data import make_dataset, mixed, read_prompts
 from .denoising import Denoising, Size, denoising_of
 from .linear_folder import save_linear
 from .losses import Losses, matched_layers, student_losses
-from .progress import Meter, TrainEvent
+from .progress import Meter, RunLog, TrainEvent
 from .ranks import Ranks
 from .roles import TwoRoles
 from .shards import Samples
@@ -104,6 +103,7 @@ class Run:
     def __init__(self, config: DistillConfig, pipe: Any, samples: Samples, ranks: Ranks):
         self.config, self.pipe, self.samples, self.ranks = config, pipe, samples, ranks
         self.denoising: Denoising = denoising_of(pipe)
+        self.log = RunLog(config.out)
         self.batches = Batches(samples.groups(), config.batch, config.seed)
         self.damages = Damages(samples)
         ranks.accumulation(config)  # raises
@@ -131,7 +131,7 @@ class Run:
         config, ranks, state = self.config, self.ranks, self.state
         if ranks.first:
             config.write(config.out / "config.json")
-            _cut_log(config.out / "log.jsonl", state.step)
+            self.log.cut(state.step)
         ranks.track(config)
         meter = Meter(state.step, ranks, state.seconds)
         stopped = False
@@ -258,8 +258,7 @@ class Run:
             return
         if self.damages.met:
             numbers["damaged_samples"] = len(self.damages.met)  # that this process met
-        with (self.config.out / "log.jsonl").open("a") as lines:
-            lines.write(json.dumps(numbers) + "\n")
+        self.log.add(numbers)
         flat = {key: value for key, value in numbers.items() if isinstance(value, (int, float)) and key != "step"}
         self.ranks.accelerator.log(flat, step=self.state.step)
         if on_step is not None:
@@ -278,8 +277,7 @@ class Run:
                 autocast=self.ranks.accelerator.autocast, writes=self.ranks.first,
             )  # fmt: skip
         if self.ranks.first:
-            with (self.config.out / "log.jsonl").open("a") as lines:
-                lines.write(json.dumps({"step": self.state.step, "validation_latent_error": error}) + "\n")
+            self.log.add({"step": self.state.step, "validation_latent_error": error})
         if self.config.parallel == "ddp":
             self.ranks.wait()
 
@@ -317,19 +315,6 @@ def _check_type(pipe: Any, config: DistillConfig, ranks: Ranks) -> None:
         raise ValueError(f"the pipeline is in {dtype}, the run computes in {config.precision}; load it in that dtype")
     if config.precision == "float16" and ranks.device.type != "cuda":
         raise ValueError(f"float16 trains on CUDA only, got {ranks.device.type}; use precision bfloat16 or float32")
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Take out lines after the step a run goes on from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last line may have been cut off
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    with written_whole(path) as (aside,):
-        aside.write_text("".join(f"{line}\n" for line in kept))
 
 
 @contextlib.contextmanager

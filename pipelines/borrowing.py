@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..attn_processors.context import context_of
 from ..attn_processors.dual_scope import DualScopeAttnProcessor
 from ..attn_processors.families import replaced
-from ..attn_processors.installer import apply, plan
+from ..attn_processors.installer import apply
+from ..attn_processors.planning import plan
 from . import checkpoint
 from .prompts import FramePrompts
 from .stream import has_motion

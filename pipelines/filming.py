@@ -31,11 +31,12 @@ from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
+from .filling_in import check_length, completed
 from .film import check_film_path, require_ffmpeg
 from .film_inputs import FilmInputs, with_inputs
 from .film_kinds import check_makes_films
 from .film_pictures import Pictures
-from .image import Clock, attention_of, check_length, completed, told_memory, without_progress_bar
+from .image import Clock, attention_of, told_memory, without_progress_bar
 from .load import load
 from .noise import PerFrameStep, frame_noise
 from .offloading import device_of, kept_on_host

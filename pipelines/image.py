@@ -7,9 +7,7 @@ listen after each step and keep what is needed to make the same picture once mor
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +20,9 @@ from PIL import Image
 
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..attn_processors.context import context_of
-from ..attn_processors.installer import denoisers
+from ..attn_processors.planning import denoisers
 from .events import CancelToken, StepEvent
+from .filling_in import filled_in, text_length
 from .load import load
 from .picture import Picture
 from .recipe import Recipe
@@ -74,24 +73,6 @@ def generate(
     generator = torch.Generator("cpu").manual_seed(recipe.seed)  # type: ignore[arg-type]  # filled in
     image = stock_call(pipe, recipe, generator, on_step=on_step, cancel=cancel, began=began, split=split)
     return Picture(image=image, recipe=replace(recipe, width=image.width, height=image.height))
-
-
-def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
-    """The recipe with seed, guidance, numbers, model and versions as they will be used.
-
-    Raises:
-        ValueError: if `pipe` makes no pictures from text, or cannot do what the recipe asks for.
-    """
-    accepts = inspect.signature(pipe.__call__).parameters
-    if recipe.video is not None:
-        raise ValueError(
-            "the recipe is that of a film; call long_video (reattend video), or set its video to None for a picture"
-        )
-    _check_makes_pictures(pipe, accepts)
-    recipe = completed(recipe, pipe, accepts)
-    for name, text in (("prompt", recipe.prompt), ("negative prompt", recipe.negative)):
-        check_length(name, text, pipe, accepts)
-    return recipe
 
 
 def stock_call(
@@ -198,82 +179,6 @@ class Clock:
             self.first = now
         each = (now - self.first) / (step - 1) if step > 1 else now - self.began
         return StepEvent(step, steps, latents, seconds=now - self.began, eta=each * (steps - step))
-
-
-def _check_makes_pictures(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
-    if not {"prompt", "num_inference_steps", "callback_on_step_end"} <= set(accepts) or {"image", "num_frames"} & set(
-        accepts
-    ):
-        raise ValueError(
-            f"{type(pipe).__name__} does not make a picture from a text alone with a callback after each step; "
-            "use a text-to-image pipeline such as StableDiffusionPipeline or StableDiffusionXLPipeline"
-        )
-
-
-def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> Recipe:
-    """The recipe with seed, guidance, numbers, model and versions as they will be used."""
-    dtype = str(pipe.dtype).removeprefix("torch.")
-    if recipe.dtype not in (None, dtype):
-        raise ValueError(
-            f"the recipe computes in {recipe.dtype}, this pipeline in {dtype}; load it with dtype={recipe.dtype!r}"
-        )
-    guidance = recipe.guidance
-    if guidance is None and "guidance_scale" in accepts:
-        guidance = accepts["guidance_scale"].default
-    elif guidance is not None and "guidance_scale" not in accepts:
-        raise ValueError(f"{type(pipe).__name__} takes no guidance, got {guidance}; leave it out")
-    if recipe.negative and "negative_prompt" not in accepts:
-        raise ValueError(f"{type(pipe).__name__} takes no negative prompt, got {recipe.negative!r}; leave it out")
-    return replace(
-        recipe,
-        model=pipe.config.get("_name_or_path") or recipe.model,
-        seed=secrets.randbelow(2**32) if recipe.seed is None else recipe.seed,
-        guidance=guidance,
-        dtype=dtype,
-        made_with={
-            "reattend": importlib.metadata.version("reattend"),
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-            "device": pipe.device.type,
-            "pipeline": type(pipe).__name__,
-            "scheduler": type(pipe.scheduler).__name__,
-        },
-    )
-
-
-def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:
-    """Raise ValueError if no text encoder sees the whole text; stock pipelines cut it off with a warning."""
-    found = []  # (tokens, allowed) for each tokenizer
-    for tokenizer in _tokenizers(pipe):
-        allowed = tokenizer.model_max_length
-        if _reads_long_text(tokenizer) and "max_sequence_length" in accepts:
-            allowed = text_length(pipe, accepts)  # it is cut there
-        tokens = len(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
-        found.append((tokens, allowed - tokenizer.num_special_tokens_to_add()))
-    if found and all(tokens > allowed for tokens, allowed in found):
-        tokens, allowed = max(found, key=lambda pair: pair[1])
-        raise ValueError(f"{name} is too long: got {tokens} tokens, this model reads {allowed}; shorten it")
-
-
-def text_length(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> int | None:
-    """Tokens that the pipeline's long text (T5) is padded to: the stock call's default, or fewer if the tokenizer says so.
-
-    Stock pipelines mask nothing of the padding, so it costs time and takes part in attention. None: no long text here.
-    """
-    if "max_sequence_length" not in accepts:
-        return None
-    limits = [tokenizer.model_max_length for tokenizer in _tokenizers(pipe) if _reads_long_text(tokenizer)]
-    return min([accepts["max_sequence_length"].default, *limits])
-
-
-def _tokenizers(pipe: Any) -> list[Any]:
-    """The pipeline's tokenizers; FLUX.2 has its own inside a processor."""
-    parts = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
-    return [getattr(part, "tokenizer", part) for part in parts]
-
-
-def _reads_long_text(tokenizer: Any) -> bool:
-    return "CLIP" not in type(tokenizer).__name__
 
 
 def _arguments(pipe: Any, recipe: Recipe, accepts: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

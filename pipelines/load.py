@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelUnavailable", "bundled", "load"]
 
 TINY = Path(__file__).with_name("tiny")
+LENDER = "tiny-sd"  # bundled models need not bring along what they share with it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -131,13 +132,25 @@ def _from_folder(folder: Path, numbers: torch.dtype) -> DiffusionPipeline:
             # Older diffusers knows this name only; newer ones take it with a notice.
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
             return cls.from_pretrained(
-                folder, torch_dtype=numbers, use_safetensors=True, local_files_only=True, variant=variant
-            )
+                folder, torch_dtype=numbers, use_safetensors=True, local_files_only=True, variant=variant,
+                **_lent(folder, numbers),
+            )  # fmt: skip
     except Exception as error:  # broken configs and weights raise nearly anything, deep inside two libraries
         raise ModelUnavailable(
             f"cannot read the model folder {folder}: {_short(error)}; it must hold what save_pretrained writes, "
             "with weights as safetensors"
         ) from error
+
+
+def _lent(folder: Path, numbers: torch.dtype) -> dict[str, Any]:
+    """Components of tiny-sd for a bundled model: its index names them, its folder has none of its own."""
+    if folder not in bundled().values():
+        return {}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = [part for part, origin in index.items() if isinstance(origin, list) and any(origin)]
+    missing = [part for part in named if not (folder / part).is_dir()]
+    lender = _from_folder(TINY / LENDER, numbers) if missing and folder.name != LENDER else None
+    return {part: getattr(lender, part) for part in missing} if lender is not None else {}
 
 
 def _plain_weights(folder: Path) -> bool:

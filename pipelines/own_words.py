@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attn_processors import Place
-from .image import check_length
+from .filling_in import check_length
 from .script import Script, Subject
 
 __all__ = ["captioned_places", "check_captions", "encoded", "own_caption"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..attn_processors import Place
-from .image import filled_in
+from .filling_in import filled_in
 from .masks import as_place, text_tokens, words_of
 from .script import Panel, Script, Subject
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..attn_processors.comm import Comm, split_rows
 from ..attn_processors.context import Context, context_of
-from ..attn_processors.installer import supported
 from ..attn_processors.ops.layout import TokenLayout
 from ..attn_processors.ops.strips import Strip
+from ..attn_processors.planning import supported
 
 __all__ = ["patches"]
 

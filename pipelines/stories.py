@@ -339,7 +339,7 @@ def _names(script: Script) -> list[str]:
 def _taken(pipe: Any) -> set[str]:
     """Layers that carry other attention of ours."""
     from ..attn_processors.context import context_of
-    from ..attn_processors.installer import denoisers
+    from ..attn_processors.planning import denoisers
 
     contexts = [context for model in denoisers(pipe) if (context := context_of(model)) is not None]
     return {swap.info.name for context in contexts for item in context.installations for swap in item.swaps}

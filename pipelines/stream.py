@@ -26,9 +26,10 @@ from ..attn_processors.context import Context, context_of
 from ..attn_processors.dual_scope import DualScopeAttnProcessor
 from ..attn_processors.families import UnsupportedModel
 from ..attn_processors.families.video_unet import VideoUNetFamily
-from ..attn_processors.installer import patched, supported
+from ..attn_processors.installer import patched
 from ..attn_processors.ops.norms import film_statistics, frame_statistics, normalise
 from ..attn_processors.ops.scopes import Clip
+from ..attn_processors.planning import supported
 from .events import CancelToken
 from .offloading import device_of
 

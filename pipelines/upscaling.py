@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..attn_processors.installer import denoisers
+from ..attn_processors.planning import denoisers
 from .events import CancelToken, StepEvent
 from .files import opened
-from .image import attention_of, filled_in, generate, stock_call
+from .filling_in import filled_in
+from .image import attention_of, generate, stock_call
 from .load import load
 from .picture import Picture
 from .recipe import Recipe

@@ -298,6 +298,10 @@ def summary(recipe: Recipe) -> str:
     size = f"{recipe.width} × {recipe.height}" if recipe.width and recipe.height else "model's own size"
     if recipe.video is not None:
         size += f", {recipe.video.frames} frames, {recipe.video.fps} a second"
+        if recipe.video.strength is not None:
+            size += f", from another film at strength {recipe.video.strength:g}"
+        if "conditioning_frames" in recipe.video.pictures:
+            size += ", along pictures that were given"
     attention = attention_words(recipe.attention)
     if (growth := recipe.upscale) is not None:
         size += (

@@ -89,7 +89,7 @@ def build(worker: Worker, models: Sequence[str], out: Path = Path("out"), runs: 
     """
     import gradio as gr
 
-    from .film_job import film_models
+    from .film_form import film_models
     from .tabs.distill import distill_tab
     from .tabs.film import film_tab
     from .tabs.image import image_tab
@@ -143,6 +143,7 @@ def start(
         ValueError: one sentence on what cannot be done.
     """
     from ..pipelines.recipe import Recipe
+    from .film_files import folder_in
     from .film_job import FilmJob
     from .jobs import by_class
     from .story_job import Order, StoryJob
@@ -155,9 +156,9 @@ def start(
     if not models:
         raise ValueError("There is no bundled model in this installation; name a folder or hub id with --model.")
     with contextlib.ExitStack() as undo:
-        undo.enter_context(own_temporary_folder())
+        temporary = undo.enter_context(own_temporary_folder())
         pictures = StudentJob(out)
-        films = FilmJob(out, pictures.pipe)  # one model in memory at a time
+        films = FilmJob(out, pictures.pipe, folder_in(temporary))  # one model in memory at a time
 
         def drawn(recipe: Recipe, *how: Any) -> Any:
             return (films if recipe.video is not None else pictures)(recipe, *how)

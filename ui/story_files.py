@@ -26,7 +26,7 @@ from ..pipelines.told import beside
 from .jobs import one_line
 from .story_form import fill_story_form
 
-__all__ = ["KEPT", "keep_picture", "load_story", "pack_story", "save_story"]
+__all__ = ["KEPT", "keep_picture", "load_story", "pack_story", "save_story", "upright"]
 
 KEPT = 1536  # pixels; longest side of a picture that is kept, so that a story with several can still be uploaded
 LARGEST = 50_000_000  # pixels of a picture that is read
@@ -41,25 +41,29 @@ def keep_picture(source: Path | IO[bytes], who: str, folder: Path) -> str:
     Raises:
         ValueError: in one sentence that names the character `who`, if it is no picture that can be read, or too large.
     """
-    try:
-        with Image.open(source, formats=PICTURES) as file:
-            size = file.size
-            image = ImageOps.exif_transpose(file).convert("RGB") if math.prod(size) <= LARGEST else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise ValueError(
-            f"The picture for {who!r} cannot be read; give a PNG, JPEG or WebP file that is whole."
-        ) from None
-    if image is None:
-        raise ValueError(
-            f"The picture for {who!r} is too large: {size[0]} × {size[1]} pixels; give one of at most {LARGEST:,} pixels."
-        )
-    image.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
+    image = upright(source, f"picture for {who!r}")
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     path = folder / f"{digest}.png"
     if not path.exists():
         with written_whole(path) as (aside,):
             image.save(aside, format="PNG")
     return str(path)
+
+
+def upright(source: Path | IO[bytes], what: str) -> Image.Image:
+    """A picture as RGB, upright and at most KEPT pixels a side. Raises ValueError in one sentence that calls it `what`."""
+    try:
+        with Image.open(source, formats=PICTURES) as file:
+            size = file.size
+            image = ImageOps.exif_transpose(file).convert("RGB") if math.prod(size) <= LARGEST else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"The {what} cannot be read; give a PNG, JPEG or WebP file that is whole.") from None
+    if image is None:
+        raise ValueError(
+            f"The {what} is too large: {size[0]} × {size[1]} pixels; give one of at most {LARGEST:,} pixels."
+        )
+    image.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
+    return image
 
 
 def save_story(script: Script, folder: Path) -> Path:

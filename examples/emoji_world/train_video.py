@@ -2,14 +2,16 @@
 
 Run: torchrun --nproc-per-node 2 -m reattend.emoji_world.train_video --out runs/video --steps 6000     (goes on from runs/video)
 
-tiny-sd itself stays as it is: every motion module begins as nothing (its last layer is zero), so the first step already
-makes the pictures of tiny-sd, and what is learned is how they follow each other (AnimateDiff, arXiv 2307.04725). Sprites
-go to and fro along the lattice of the world, which is the grid of the latents.
+tiny-sd itself stays as it is, and is not written again (`adapter` in the run's folder is what ships): every motion module
+begins as nothing (its last layer is zero), so the first step already makes the pictures of tiny-sd, and what is learned is
+how they follow each other (AnimateDiff, arXiv 2307.04725). Sprites go to and fro along the lattice of the world, which is
+the grid of the latents.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +28,13 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from ..pipelines.files import written_whole
 from ..pipelines.load import TINY
 from . import captions, world
 from .train_sd import NOISE, sampler
 from .training import Batch, Trainer, TrainingConfig, encode, start_processes
 
-__all__ = ["VideoConfig", "VideoTrainer", "moving"]
+__all__ = ["VideoConfig", "VideoTrainer", "moving", "write_adapter"]
 
 TRIES = 60  # to find motions that keep sprites apart; in the later half some of them rest
 PACES = (1, 2, 3)  # frames per lattice step
@@ -170,6 +173,22 @@ class VideoTrainer(Trainer):
             motion_adapter=None,  # its modules are in the UNet
             scheduler=sampler(),
         )
+
+    def train(self) -> None:
+        super().train()
+        if self.rank == 0:
+            write_adapter(self.pipeline(), self.config.out / "adapter")
+
+
+def write_adapter(pipe: AnimateDiffPipeline, folder: Path) -> None:
+    """The pipeline without what tiny-sd has: index, scheduler and motion modules, as `load` takes them of a bundled model."""
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.unet.save_motion_modules(folder / "motion_adapter")
+    index = {name: origin for name, origin in pipe.config.items() if not name.startswith("_")}
+    index |= {"_class_name": type(pipe).__name__, "unet": ["diffusers", "UNet2DConditionModel"]}
+    index["motion_adapter"] = ["diffusers", "MotionAdapter"]
+    with written_whole(folder / "model_index.json") as (path,):
+        path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":

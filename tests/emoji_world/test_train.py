@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AnimateDiffPipeline, FluxPipeline
 from forked import forked
 
 from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, train_video, training, world
@@ -197,6 +198,28 @@ def test_tiny_video_learns_motion_alone_and_resumes(tmp_path: Path) -> None:
                     video=Video(frames=4), attention=({"name": "dual-scope", "train_frames": 3},))  # fmt: skip
     long_video(recipe, tmp_path / "car.mp4")
     assert (tmp_path / "car.mp4").exists()
+
+
+def test_an_adapter_is_all_that_tiny_video_brings_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = train_video.VideoTrainer(train_video.VideoConfig(out=tmp_path / "run"))
+    load_file = importlib.import_module("reattend.pipelines.load")
+    trainer.ema.shadow_params = [p.detach() + 0.01 for p in trainer.ema.shadow_params]
+    whole = trainer.pipeline()
+    train_video.write_adapter(whole, tmp_path / "bundle" / "tiny-video")
+    assert {path.name for path in (tmp_path / "bundle" / "tiny-video").iterdir()} == {
+        "model_index.json", "motion_adapter", "scheduler",
+    }  # fmt: skip
+    (tmp_path / "bundle" / "tiny-sd").symlink_to(load_file.TINY / "tiny-sd")
+    monkeypatch.setattr(load_file, "TINY", tmp_path / "bundle")
+    pipe = load_file.load("tiny-video", dtype="float16")
+    assert type(pipe) is AnimateDiffPipeline
+    theirs, ours = whole.unet.state_dict(), pipe.unet.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    schedules = [
+        {name: value for name, value in one.scheduler.config.items() if name[0] != "_"} for one in (pipe, whole)
+    ]
+    assert schedules[0] == schedules[1] and type(pipe.scheduler) is type(whole.scheduler)
 
 
 def test_moving_sprites_keep_apart_stay_inside_and_move() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from reattend.attn_processors import install
 from reattend.pipelines import Cancelled, CancelToken, Recipe, generate, preview
-from reattend.pipelines.image import check_length
+from reattend.pipelines.filling_in import check_length
 
 RECIPE = Recipe(prompt="a blue car on sand", width=40, height=24, steps=3, guidance=4.0, seed=5)
 AGENT = ({"name": "agent", "ratio": 0.4},)

@@ -152,3 +152,16 @@ def test_the_package_name_load_is_the_function():
     assert set(reattend.pipelines.__all__) <= set(dir(reattend.pipelines))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = reattend.pipelines.nothing
+
+
+def test_a_bundled_model_borrows_what_it_shares_with_tiny_sd_and_no_other_folder_does(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("reattend.pipelines.load"), "TINY", tmp_path)
+    shutil.copytree(sd_folder, tmp_path / "tiny-sd")
+    shutil.copytree(sd_folder, tmp_path / "tiny-more")
+    shutil.copytree(sd_folder, tmp_path / "elsewhere" / "tiny-more")
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        shutil.rmtree(folder / "tiny-more" / "vae")
+    pipe = load("tiny-more")
+    assert torch.equal(pipe.vae.post_quant_conv.weight, load("tiny-sd").vae.post_quant_conv.weight)
+    with pytest.raises(ModelUnavailable, match="cannot read the model folder"):
+        load(tmp_path / "elsewhere" / "tiny-more")

@@ -18,7 +18,7 @@ from playwright.sync_api import Page, expect
 from reattend.pipelines import filming, writing
 from reattend.pipelines.film import frame_count
 from reattend.pipelines.recipe import Recipe
-from reattend.ui.film_job import NO_MODEL
+from reattend.ui.film_form import NO_MODEL
 from reattend.ui.jobs import Worker
 from reattend.ui.page import build, start
 from reattend.ui.tabs.status import copy_of

@@ -1,40 +1,26 @@
-"""The tab for long videos without a browser: form, recipe, the worker's films, and going on after a stop."""
+"""The tab for long videos without a browser: the worker's films, what they are made from, and going on after a stop."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from dataclasses import replace
 
-import diffusers
 import numpy as np
 import pytest
 import tiny
+from film_forms import MODEL, SMALL, film_form
 from PIL import Image
 
-from reattend.pipelines import Recipe, Upscale, Video, bundled, filming, writing
+from reattend.pipelines import Recipe, Video, filming, long_video, writing
 from reattend.pipelines.checkpoint import parts_folder
 from reattend.pipelines.film import film_file, frame_count, partial
-from reattend.pipelines.film_inputs import NEEDED
-from reattend.pipelines.filming import filled_in
 from reattend.ui import film_job, image_job
-from reattend.ui.film_job import FilmJob, fill_film_form, film_models, read_film_form
-from reattend.ui.image_job import ImageJob, fill_form, load_recipe, make_image, summary
+from reattend.ui.film_files import keep_film
+from reattend.ui.film_form import fill_film_form, read_film_form
+from reattend.ui.film_job import FilmJob
+from reattend.ui.image_job import ImageJob, load_recipe, make_image, summary
 from reattend.ui.jobs import Session, Worker
-
-MODEL = "tiny"
-PICTURE_FIELDS = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
-SMALL = {"steps": 2, "width": "24", "height": "16", "frames": 7, "seed": "5", "later": "3: a blue cat"}
-SMALL |= {"dual-scope.window": "4", "dual-scope.anchors": 2}
-
-
-def film_form(**changes):
-    """The tab's form as it stands when the page opens, with changes."""
-    values = dict.fromkeys(PICTURE_FIELDS, "") | {"prompt": "a car", "model": MODEL, "steps": 20}
-    values |= {"frames": 64, "fps": 8, "later": "", "blend": 0}
-    values |= {f"dual-scope.{s.name}": s.default for s in film_job.SETTINGS}
-    return values | changes
 
 
 @pytest.fixture
@@ -43,7 +29,7 @@ def session(tmp_path, monkeypatch):
     monkeypatch.setattr(image_job, "load", lambda model, dtype=None: pipe)
     monkeypatch.setattr(image_job, "PREVIEW_SHARE", 1e9)
     monkeypatch.setattr(film_job, "PREVIEW_SHARE", 1e9)  # a preview after every step
-    worker = Worker(FilmJob(tmp_path, ImageJob(tmp_path).pipe))
+    worker = Worker(FilmJob(tmp_path, ImageJob(tmp_path).pipe, tmp_path / "kept"))
     yield Session(worker)
     worker.close()
 
@@ -57,27 +43,6 @@ def make(session, form, stop=None, **how):
             session.stop()
             stop = None
     return views
-
-
-def test_the_untouched_form_asks_for_the_defaults():
-    wanted = Recipe(prompt="a car", model=MODEL, video=Video(), attention=({"name": "dual-scope"},))
-    assert read_film_form(film_form(), [MODEL]) == wanted
-
-
-def test_a_form_is_read_into_a_recipe_and_filled_from_it_again():
-    filled = film_form(
-        frames=256, fps=12, later="64: a blue car\n\n 128 : a car: red", blend=8, negative="a dog", seed="7",
-        **{"dual-scope.window": "8", "dual-scope.anchors": 4, "dual-scope.token_scale": "log"},
-    )  # fmt: skip
-    recipe = read_film_form(filled, [MODEL])
-    assert recipe.video == Video(frames=256, fps=12, later=((64, "a blue car"), (128, "a car: red")), blend=8)
-    (dual,) = recipe.attention
-    assert (dual["window"], dual["anchors"], dual["token_scale"]) == (8, 4, "log")
-    assert read_film_form(film_form() | fill_film_form(recipe, [MODEL]), [MODEL]) == recipe
-    phases = ({"until": 0.5, "anchors": 3.0}, {"window": 2.0})
-    recipe = replace(recipe, attention=({"name": "dual-scope", "phases": phases},))
-    assert read_film_form(film_form() | fill_film_form(recipe, [MODEL]), [MODEL]) == recipe
-    assert "256 frames, 12 a second" in summary(recipe)
 
 
 @pytest.mark.parametrize(
@@ -102,62 +67,74 @@ def test_bad_input_is_one_sentence_and_starts_nothing(session, changes, words):
     assert view.tone == "bad" and words in view.message.lower() and session.run is None
 
 
+def sent(folder, frames, colour=0):
+    """Pictures as a browser sends them."""
+    folder.mkdir()
+    for i in range(frames):
+        Image.new("RGB", (24, 16), (colour, 20 * i, 255 - 30 * i)).save(folder / f"frame {i}.png")
+    return sorted(folder.iterdir())
+
+
+def test_a_film_is_made_from_another_as_the_command_line_makes_it_and_its_recipe_finds_that_again(
+    session, tmp_path, monkeypatch
+):
+    pipe = tiny.fresh(tiny.animatediff_inputs("VideoToVideoControlNet"))
+    monkeypatch.setattr(image_job, "load", lambda model, dtype=None: pipe)
+    film, control = sent(tmp_path / "film", 5), sent(tmp_path / "control", 5, 200)
+    given = {
+        word: keep_film(files, tmp_path / "kept")[0]
+        for word, files in (("video", film), ("conditioning_frames", control))
+    }
+    form = film_form(**SMALL | {"later": "", "frames": 5, "steps": 4}, given=given, strength="0.5")
+    form |= {"controlnet_conditioning_scale": "0.7"}
+    views = make(session, form)
+    assert views[-1].tone == "good", views[-1].message
+    assert "Reading what the film is made from" in [view.message for view in views]
+    made = views[-1].made
+    assert (made.recipe.video.strength, made.recipe.video.controlnet_conditioning_scale) == (0.5, 0.7)
+    assert made.recipe.video.pictures == given
+    assert "from another film at strength 0.5, along pictures that were given" in summary(made.recipe)
+    alone = tmp_path / "alone.mp4"
+    recipe = replace(read_film_form(form, [MODEL]), model=made.recipe.model)
+    plain = replace(recipe, video=replace(recipe.video, pictures={}))
+    long_video(plain, alone, pipe=pipe, video=tmp_path / "film", conditioning_frames=tmp_path / "control")
+    assert alone.read_bytes()[-2000:] == made.file.read_bytes()[-2000:]  # the very same frames
+    again = film_form() | fill_film_form(replace(made.recipe, model=MODEL), [MODEL])
+    assert again["given"] == given and again["strength"] == "0.5"
+    assert make(session, again)[-1].made.recipe == made.recipe
+
+
 @pytest.mark.parametrize(
-    ("recipe", "words"),
+    ("changes", "words"),
     [
-        (Recipe(prompt="a cat", model=MODEL), "makes a picture; load it on the tab Image"),
-        (Recipe(prompt="a cat", model=MODEL, upscale=Upscale()), "tab Image or Upscale"),
-        (
-            Recipe(prompt="a cat", model=MODEL, video=Video(), attention=({"name": "agent"}, {"name": "dual-scope"})),
-            "agent and dual-scope attention and this page can hold dual-scope alone",
-        ),
-        (Recipe(prompt="a cat", model="elsewhere", video=Video()), "does not offer the model"),
-        (
-            Recipe(prompt="a cat", model=MODEL, video=Video(strength=0.5)),
-            "cannot show; use it on the command line: reattend",
-        ),
-        (
-            Recipe(
-                prompt="a cat", model=MODEL, video=Video(ip_adapter_scale=0.8, pictures={"ip_adapter_image": 64 * "0"})
-            ),
-            "has ip_adapter_image, which this page cannot show; use it from Python: long_video.",
-        ),
-        (Recipe(prompt="a cat", model=MODEL, video=Video(pag_scale=2.0)), "has pag_scale, which this page cannot show"),
+        ({}, "AnimateDiffVideoToVideoPipeline needs video: give the film to start from"),
+        ({"frames": 6}, "video has 5 pictures, but the film has 6 frames; give one for every frame"),
+        ({"strength": "0.2"}, "strength 0.2 of 2 steps leaves no step to be done"),
+        ({"strength": "1.5"}, "strength is out of range"),
+        ({"strength": "much"}, "The share of the film that may change must be a number, got 'much'"),
+        ({"controlnet_conditioning_scale": "1"}, "takes no controlnet_conditioning_scale, got 1; leave it out"),
     ],
-    ids=["picture", "upscale", "two", "model", "input", "adapter", "guidance"],
+    ids=["nothing", "frames", "steps", "range", "word", "net"],
 )
-def test_an_unusable_recipe_is_one_sentence_and_fills_nothing(tmp_path, recipe, words):
-    file = tmp_path / "car.json"
-    file.write_text(recipe.to_json())
-    values, view = load_recipe(file, [MODEL], fill_film_form)
-    assert values == {} and view.tone == "bad" and words in view.message
+def test_what_does_not_fit_the_film_given_is_one_sentence(session, tmp_path, monkeypatch, changes, words):
+    pipe = tiny.fresh(tiny.animatediff_inputs("VideoToVideo"))
+    monkeypatch.setattr(image_job, "load", lambda model, dtype=None: pipe)
+    given = {"video": keep_film(sent(tmp_path / "film", 5), tmp_path / "kept")[0]} if changes else {}
+    last = make(session, film_form(**SMALL | {"later": "", "frames": 5}, given=given) | changes)[-1]
+    assert last.tone == "bad" and words.lower() in last.message.lower()
 
 
-def test_a_film_with_perturbed_attention_guidance_made_here_can_be_loaded_again():
-    asked = read_film_form(film_form(**SMALL), [MODEL])
-    made = filled_in(asked, tiny.fresh(tiny.animatediff_inputs("PAG")))
-    assert made.video.pag_scale is not None and made.video.pag_applied_layers
-    again = read_film_form(film_form() | fill_film_form(replace(made, model=MODEL), [MODEL]), [MODEL])
-    assert again.video == asked.video
-
-
-def test_the_image_tab_sends_films_here():
-    with pytest.raises(ValueError, match="load it on the tab Long video"):
-        fill_form(Recipe(prompt="a cat", model=MODEL, video=Video()), [MODEL])
-
-
-def test_models_are_sorted_by_what_they_make(animatediff_folder, sd_folder, tmp_path):
-    named = [str(animatediff_folder), str(sd_folder), "owner/name", *bundled()]
-    pictures, films = film_models(named)
-    assert films[0] == str(animatediff_folder) and "owner/name" in films and str(sd_folder) not in films
-    assert str(animatediff_folder) not in pictures and {str(sd_folder), "owner/name", "tiny-sd"} <= set(pictures)
-    index = tmp_path / "model_index.json"
-    for kind in (name for name in dir(diffusers) if name.startswith("AnimateDiff")):
-        index.write_text(json.dumps({"_class_name": kind}))
-        needs = NEEDED.keys() & inspect.signature(getattr(diffusers, kind).__call__).parameters.keys()
-        assert film_models([str(tmp_path)]) == ([], [] if needs - {"ip_adapter_image"} else [str(tmp_path)])
-    index.write_text("[]")
-    assert film_models([str(tmp_path)]) == ([str(tmp_path)], [str(tmp_path)])  # it tells when it is used
+def test_a_film_from_another_that_was_stopped_goes_on_and_tells_what_the_command_line_needs(
+    session, tmp_path, monkeypatch
+):
+    pipe = tiny.fresh(tiny.animatediff_inputs("VideoToVideo"))
+    monkeypatch.setattr(image_job, "load", lambda model, dtype=None: pipe)
+    digest, frames = keep_film(sent(tmp_path / "film", 5), tmp_path / "kept")
+    form = film_form(**SMALL | {"later": "", "frames": frames, "steps": 4}, given={"video": digest})
+    stopped = make(session, form, stop=lambda view: view.fraction is not None)[-1]
+    assert stopped.message.endswith("reattend video --resume on a-car-5.mp4, with --video as here.")
+    kept = session.kept
+    assert make(session, {}, read=lambda *_: kept.recipe)[-1].made.recipe == kept.recipe
 
 
 def test_a_film_is_made_with_its_sheet_and_can_be_loaded_again(session, tmp_path):
@@ -180,7 +157,7 @@ def test_a_film_is_made_with_its_sheet_and_can_be_loaded_again(session, tmp_path
 def test_clips_are_told_while_the_file_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "DECODED", 2)
     pipe, told = tiny.fresh(tiny.animatediff()), []
-    job = FilmJob(tmp_path, lambda *_: pipe)
+    job = FilmJob(tmp_path, lambda *_: pipe, tmp_path)
     job(replace(read_film_form(film_form(**SMALL), [MODEL]), steps=1), image_job.CancelToken(), told.append)
     clips = [progress for progress in told if progress.of == "clip"]
     assert [(one.step, one.steps) for one in clips] == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -263,7 +240,7 @@ def test_a_stop_before_the_first_step_keeps_nothing(session, tmp_path):
 
 
 def test_a_pipeline_that_makes_no_films_says_so(tmp_path):
-    job = FilmJob(tmp_path, lambda *_: tiny.fresh(tiny.sd()))
+    job = FilmJob(tmp_path, lambda *_: tiny.fresh(tiny.sd()), tmp_path)
     with pytest.raises(ValueError, match="makes no film; use an AnimateDiff pipeline"):
         job(read_film_form(film_form(**SMALL), [MODEL]), image_job.CancelToken(), lambda _: None)
 

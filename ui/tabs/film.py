@@ -1,4 +1,8 @@
-"""The tab for long videos: which components there are and where they stand; `film_job` is what they do."""
+"""The tab for long videos: which components there are and where they stand.
+
+`film_inputs` is the part for what a film is made from besides text. `film_form` reads and fills the form, `film_job` makes
+what it asks for.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ import gradio as gr
 
 from ...pipelines.filming import DUAL_SCOPE
 from ...pipelines.videos import Video
-from ..film_job import NO_MODEL, SETTINGS, fill_film_form, read_film_form
+from ..film_form import NO_MODEL, SETTINGS, fill_film_form, read_film_form, takes
 from ..jobs import Worker
+from . import film_inputs
 from .fields import load_control, more_controls, prompt_controls, setting_fields, size_controls
 from .making import Form, lay_out
 
@@ -71,12 +76,22 @@ def _controls(models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             info="0 changes at once (blend)",
             elem_id=f"{PREFIX}blend",
         )
+    inputs = film_inputs.inputs(form, models[0])
     size_controls(form, PREFIX, what="film")
     with gr.Group():
         setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name in FIRST])
     with gr.Accordion("More", open=False, elem_id=f"{PREFIX}more"):
         more_controls(form, PREFIX, models)
+        form["pag_scale"] = gr.Textbox(
+            label="Weight of perturbed-attention guidance",
+            placeholder="the model's own",
+            max_lines=1,
+            info="0 is without (pag_scale)",
+            visible="pag_scale" in takes(models[0]),
+            elem_id=f"{PREFIX}pag_scale",
+        )
         with gr.Accordion(f"More settings of {DUAL_SCOPE} attention", open=False, elem_id=f"{PREFIX}more-{DUAL_SCOPE}"):
             setting_fields(form, PREFIX, DUAL_SCOPE, [s for s in SETTINGS if s.name not in FIRST])
     load_control(form, PREFIX, "film", ".mp4")
+    film_inputs.connect(form, inputs)
     return form, {}

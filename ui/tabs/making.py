@@ -176,7 +176,10 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
         return about(made) | {screen["picture"]: str(made.picture)} | player
 
     def fill(values: Mapping[str, Any]) -> dict[Any, Any]:
-        return {form[name]: gr.update(value=value) for name, value in values.items()}
+        return {
+            form[name]: value if isinstance(form[name], gr.State) else gr.update(value=value)
+            for name, value in values.items()
+        }
 
     def upload(path: str) -> dict[Any, Any]:
         values, view = load_recipe(Path(path), how.models, how.fill)
@@ -192,13 +195,14 @@ def connect(session: gr.State, form: dict[str, Any], groups: dict[str, Any], scr
         return {group: gr.update(visible=name == attention) for name, group in groups.items()}
 
     events: tuple[tuple[Any, ...], ...] = (
-        # what happens, what it calls, from what, to what, and whether it waits in Gradio's queue
+        # what happens, what it calls, from what, to what, and whether it waits in Gradio's queue, as it has to where a
+        # `gr.State` may change that somebody listens to
         ([generate.click, form["prompt"].submit], run, [session, *fields], [generate, stop, *screen.values()], True),
         *([([screen["go_on"].click], go_on, [session], [generate, stop, *screen.values()], True)] if film else []),
         ([stop.click], stop_run, [session], [], False),
         ([load.upload], upload, [load], [screen["status"], *fields], True),
         ([screen["use_seed"].click], use_seed, [session], fields, False),
-        ([screen["use_all"].click], use_all, [session], fields, False),
+        ([screen["use_all"].click], use_all, [session], fields, True),
         ([screen["history"].select], show, [session], list(screen.values()), False),
     )
     for triggers, function, inputs, outputs, queue in events:
