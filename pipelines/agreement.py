@@ -15,10 +15,10 @@ from torch import nn
 
 from ..attn_processors.comm import Comm, RankLost
 from .checks import attention_in_full
-from .events import Cancelled
+from .events import Cancelled, CancelToken
 from .recipe import Recipe
 
-__all__ = ["check_alike", "named", "request_digest"]
+__all__ = ["check_alike", "named", "request_digest", "stop_wanted"]
 
 
 def request_digest(recipe: Recipe, pipe: Any) -> str:
@@ -48,6 +48,12 @@ def check_alike(comm: Comm, digest: str) -> None:
                 f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
                 "the same versions and model files"
             )
+
+
+def stop_wanted(comm: Comm, cancel: CancelToken) -> bool:
+    """Was any rank asked to stop? All ranks ask at the same place, and get the same answer."""
+    votes = comm.everyones(torch.tensor(cancel.requested, dtype=torch.uint8))
+    return any(bool(vote) for vote in votes)
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ def predict(ranks: int, frames_per_rank: int = FRAMES_PER_RANK) -> dict[str, Any
     sent = max(bytes_per_step(model, film, (64, 64), GUIDED))
     speed = INSIDE if ranks <= GPUS_PER_HOST else ACROSS
     together = len(list(rounds(0, ranks)))  # one after another, until all ranks have what all share
-    messages = ATTENTIONS * (NEIGHBOURS * (ranks > 1) + together) + NORMS * together
+    messages = ATTENTIONS * (NEIGHBOURS * (ranks > 1) + together) + 2 * NORMS * together  # a norm, and whether to stop
     waiting = sent / speed + messages * MESSAGE_SECONDS
     computing = FRAME_SECONDS * frames_per_rank
     return {
