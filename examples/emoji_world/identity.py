@@ -3,9 +3,9 @@
 Run: python -m reattend.emoji_world.identity out/film.mp4 --frames 512
 
 A frame counts if it shows the kinds and tints of the first frame, no more and no less, wherever they are by then. So all
-hangs on that one frame, as it was asked: one that is misread makes all others wrong. How far things moved on the way is
-told too: a film that stands still keeps its identity easily. Their world moves at most a lattice cell a frame; more than two
-is a jump, as at a cut, and no movement, so it is left out.
+hangs on that one frame, as it was asked: one that is misread makes all others wrong, and one with something that cannot be
+told keeps nothing. How far things moved on the way is told too: a film that stands still keeps its identity easily. Their
+world moves at most a lattice cell a frame; more than two is a jump, as at a cut, and no movement, so it is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .world import LATTICE
 
 __all__ = ["Identity", "centre_of", "identity", "judge", "name_of"]
 
+SOMETHING = "something"  # that cannot be told
 JUMP = 2 / LATTICE  # widths; what goes farther in one frame is another thing of that name, or was put elsewhere
 
 
@@ -67,7 +68,7 @@ def judge(readings: Iterable[Sequence[Found]]) -> Identity:
             first = seen
         else:
             asked += 1
-            right += seen == first and bool(first)
+            right += seen == first and bool(first) and SOMETHING not in first
         places = {name_of(one): (frame, centre_of(one)) for one in sprites if one.kind}
         for name, (_, (x, y)) in places.items():
             if name in before:
@@ -82,7 +83,7 @@ def judge(readings: Iterable[Sequence[Found]]) -> Identity:
 
 def name_of(one: Found) -> str:
     """ "tint kind", or "something"."""
-    return f"{one.tint} {one.kind}" if one.kind else "something"
+    return f"{one.tint} {one.kind}" if one.kind else SOMETHING
 
 
 def centre_of(one: Found) -> tuple[float, float]:

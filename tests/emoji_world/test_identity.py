@@ -49,6 +49,12 @@ def test_a_jump_is_no_movement():
     )  # in two frames, in one of which it was not seen
 
 
+def test_what_cannot_be_told_is_not_kept():
+    blob, cat = Found(None, None, (0.1, 0.1, 0.4, 0.4), 0.0), Found("cat", "red", (0.5, 0.5, 0.9, 0.9), 0.9)
+    assert judge([[blob]] * 3).kept.right == judge([[cat, blob]] * 3).kept.right == 0
+    assert judge([[cat], [cat, blob], [cat]]).kept.right == 1
+
+
 def test_a_file_is_read_as_its_frames(clip, tmp_path, capsys):
     path = tmp_path / "car.mp4"
     with film_file(path, 128, 128, Recipe(prompt="a blue car on sand", video=Video(frames=FRAMES))) as film:
