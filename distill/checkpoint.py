@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checkpoints", "newest", "restore", "save", "whole"]
+__all__ = ["checkpoints", "gathered", "newest", "restore", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,15 @@ def save(
     A run goes on from the newest that can be read, so what is of a later step than this one could not.
 
     Args:
-        tensors: names and values; every process has to go through them, since they may be gathered on the way.
+        tensors: names and values; every process has to go through them, since they may be gathered on the way. Those of
+            a process that does not write are not used.
         numbers: JSON-able.
         write_student: called with the folder of the student; on every process.
         writes: whether this process is the one that writes.
     """
     from safetensors.torch import save_file
 
-    state = {name: value for name, value in tensors if writes}
+    state = dict(tensors)
     final = folder / NAME.format(step)
     aside = folder / f".{final.name}.part"
     if writes:
@@ -119,14 +120,12 @@ def restore(file: Path, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
             yield name, opened.get_tensor(name)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; of a sharded tensor all of it, for which every process has to call."""
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor where it is; of a sharded one all of it, for which every process has to call."""
     from torch.distributed.tensor import DTensor
 
     value = tensor.detach()
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.to("cpu", copy=True).contiguous()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

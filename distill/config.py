@@ -17,9 +17,8 @@ from typing import Any, Literal
 from ..pipelines.checks import check_number, complete_attention
 from ..pipelines.files import written_whole
 
-__all__ = ["ENDLESS", "DistillConfig"]
+__all__ = ["DistillConfig"]
 
-ENDLESS = 1_000_000  # steps, where whoever calls the trainer ends it by time
 FREE = ("steps", "micro_batch", "workers", "save_every", "keep", "log_every", "validate_every", "validation_prompts",
         "validation_steps", "trackers", "parallel", "data", "out", "model")  # may differ when a run goes on  # fmt: skip
 
@@ -48,7 +47,7 @@ class DistillConfig:
         warmup: steps over which the learning rate rises.
         schedule: how it goes on after that, to zero at the last step, or flat.
         weight_decay: of the optimiser.
-        clip: largest norm of the gradients; larger ones are scaled down to it.
+        clip: largest norm of the gradients; larger ones are scaled down to it; 0 = they stay as they are.
         flow_weight: weight of the loss against the data (flow, noise or v, as the model predicts).
         output_weight: weight of the loss against the teacher's output.
         attention_weight: weight of the loss against the teacher's attention outputs, before the output projection.

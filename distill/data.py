@@ -23,13 +23,16 @@ from torch import Tensor
 from ..pipelines.checks import check_number, check_side, check_text
 from ..pipelines.files import ENDINGS, PICTURES
 from .denoising import Denoising, Size, denoising_of
-from .shards import EMPTY, FORMAT, VERSION, about_digest, claim, is_whole, write_shard
+from .shards import EMPTY, FORMAT, INDEX, VERSION, Samples, about_digest, claim, is_whole, read_index, write_shard
 from .sparing import MOST
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["captioned_pictures", "make_dataset", "own_size", "read_prompts"]
+    from .config import DistillConfig
+    from .ranks import Ranks
+
+__all__ = ["captioned_pictures", "make_dataset", "own_size", "read_prompts", "samples_of"]
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,31 @@ def make_dataset(
             if on_progress is not None:
                 on_progress(done, total)
     return folder
+
+
+def samples_of(
+    config: DistillConfig, pipe: Any, ranks: Ranks, on_progress: Callable[[int, int], None] | None = None
+) -> Samples:
+    """The samples of a run; made first, in its folder, if `config.data` is prompts or pictures.
+
+    Args:
+        on_progress: called with (samples done, samples in all) of the first process.
+    """
+    from ..pipelines.image import without_progress_bar
+
+    folder, source = config.data, config.data
+    if source.is_file() or (source.is_dir() and not (source / INDEX).is_file()):
+        folder = config.out / "data"
+        given: dict[str, Any] = {"prompts": read_prompts(source)} if source.is_file() else {"pictures": source}
+        begun = read_index(folder) if (folder / INDEX).is_file() else {}
+        with without_progress_bar(pipe):
+            make_dataset(
+                pipe, folder, **given, seed=config.seed, part=(ranks.rank, ranks.size),
+                steps=begun.get("steps", config.validation_steps),  # which may change when a run goes on
+                on_progress=on_progress if ranks.first else None,
+            )  # fmt: skip
+        ranks.wait()
+    return Samples(folder)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 The model is built without numbers and split into its two roles by the same code that trains, so weights, gradients and
 moments are counted, not estimated. Activations are what autograd would keep of one forward of the student, where an attention
-keeps q, k, v and its output, as fused kernels do; scratch space and the allocator's gaps come on top.
+keeps q, k, v and its output, as fused kernels do; scratch space and the allocator's gaps come on top. In 16 bits autocast
+keeps a copy of every trained weight during that forward, of all of them on every process, also where they are shared.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class MemoryPlan:
     optimizer_bytes: int
     average_bytes: int
     activation_bytes: int
+    copy_bytes: int  # of trained weights, in 16 bits, by autocast
     two_models_bytes: int  # the same where the teacher is a second model; what full copies train the student has once
 
     @property
@@ -82,7 +84,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.state_bytes + self.average_bytes + self.activation_bytes
+        return self.state_bytes + self.average_bytes + self.activation_bytes + self.copy_bytes
 
     @property
     def ratio(self) -> float:
@@ -101,6 +103,7 @@ class MemoryPlan:
             ("optimiser", self.optimizer_bytes),
             ("averaged weights", self.average_bytes),
             ("activations", self.activation_bytes),
+            ("16-bit copies of trained", self.copy_bytes),
             ("in all", self.total_bytes),
         ]
         table = "\n".join(f"  {name:24}{size / GIB:8.1f} GiB" for name, size in rows)
@@ -147,6 +150,7 @@ def memory_plan(config: DistillConfig, *, size: tuple[int, int] = (1024, 1024), 
         model=config.model, parameters=parameters, trained=trained, processes=processes, **counted,
         average_bytes=trained * 4 // share if config.ema else 0,
         activation_bytes=activations,
+        copy_bytes=trained * number if number < 4 else 0,
         two_models_bytes=sum(counted.values()) + (parameters - replaced) * number // share,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..pipelines.files import written_whole
 from .losses import Losses
 from .ranks import Ranks
 
-__all__ = ["Meter", "RunLog", "TrainEvent"]
+__all__ = ["Meter", "RunLog", "TrainEvent", "plain"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainEvent:
     Attributes:
         step, steps: done so far, and in all.
         numbers: the line of the log: losses, gradient norm, learning rate, samples per second, MiB of memory, and the
-            seconds trained, in all sessions of the run.
+            seconds trained, in all sessions of the run. Losses are means over the steps since the line before, without
+            those whose gradients were no numbers, which are counted as `skipped`; nan if there was no other.
         eta: estimated seconds until the end.
     """
 
@@ -45,7 +47,7 @@ class RunLog:
 
     def add(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+            lines.write(json.dumps(plain(line)) + "\n")
 
     def cut(self, step: int) -> None:
         """Take out lines after the step a run goes on from."""
@@ -68,7 +70,8 @@ class Meter:
         self.ranks, self.before = ranks, before
         self.sums: dict[str, Tensor] = {}
         self.steps, self.seconds = 0, 0.0
-        self._begun = step
+        self._step: dict[str, Tensor] = {}  # of the step that goes on
+        self._good = self._skipped = 0
         self.rest(step)
 
     @property
@@ -87,24 +90,42 @@ class Meter:
         self._clock, self._from = time.monotonic(), step
 
     def add(self, losses: Losses, count: int) -> None:
+        """Add one of `count` micro batches of a step."""
         names = {"loss": losses.total, "flow": losses.flow, "output": losses.output, "attention": losses.attention}
         if losses.own is not None:
             names["own"] = losses.own
         names |= {f"layer {name}": value for name, value in losses.layers.items()}
         for name, value in names.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach() / count
+            self._step[name] = self._step.get(name, 0) + value.detach() / count
+
+    def end(self, good: bool) -> None:
+        """A step has ended; one that is not good changed nothing, and its losses are left out."""
+        for name, value in self._step.items():
+            self.sums[name] = self.sums.get(name, 0) + (value if good else torch.zeros_like(value))
+        self._step = {}
+        self._good, self._skipped = self._good + good, self._skipped + (not good)
 
     def read(self, step: int, batch: int) -> dict[str, Any]:
         """Means since the last reading, over all processes, and the pace."""
-        steps = step - self._begun
-        means = self.ranks.mean(torch.stack(list(self.sums.values())) / steps).tolist()
+        means = self.ranks.mean(torch.stack(list(self.sums.values())) / self._good).tolist()
         numbers: dict[str, Any] = dict(zip(self.sums, means, strict=True))
         layers = {name.removeprefix("layer "): numbers.pop(name) for name in list(numbers) if name.startswith("layer ")}
         self.count(step)
         pace = self.steps / self.seconds if self.seconds else 0.0
-        self.sums, self._begun = {}, step
         told = {"samples_per_second": pace * batch, "memory_mib": self.ranks.memory(), "seconds": self.total}
+        if self._skipped:
+            told["skipped"] = self._skipped
+        self.sums, self._good, self._skipped = {}, 0, 0
         return {**numbers, "layers": layers, **told}
 
     def eta(self, steps: int) -> float:
         return steps * self.seconds / self.steps if self.steps else 0.0
+
+
+def plain(numbers: Any) -> Any:
+    """A line of the log as JSON knows it: None in place of what is no number."""
+    if isinstance(numbers, Mapping):
+        return {key: plain(value) for key, value in numbers.items()}
+    if isinstance(numbers, list):
+        return [plain(value) for value in numbers]
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers

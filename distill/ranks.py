@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import DistillConfig
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "check_device"]
 
 TIMEOUT = timedelta(
     days=1
@@ -47,8 +48,7 @@ class Ranks:
         from accelerate.tracking import get_available_trackers
         from accelerate.utils import InitProcessGroupKwargs
 
-        if config.precision == "float16" and not torch.cuda.is_available():
-            raise ValueError("precision float16 trains on CUDA only, and there is none; use bfloat16 or float32")
+        check_device(config.precision)
         there = dist.is_initialized()
         alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
         if config.parallel == "fsdp" and alone:
@@ -132,9 +132,9 @@ class Ranks:
         yield
 
     def clip(self, optimizer: Any, parameters: list[nn.Parameter], most: float) -> float:
-        """Scale the gradients down to a norm of at most `most`; returns the norm before."""
+        """Scale the gradients down to a norm of at most `most`, 0 = leave them; returns the norm before."""
         self.accelerator.unscale_gradients(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def any(self, flag: bool) -> bool:
@@ -184,6 +184,12 @@ class Ranks:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def check_device(precision: str) -> None:
+    """Raise ValueError where nothing here trains in these numbers."""
+    if precision == "float16" and not torch.cuda.is_available():
+        raise ValueError("precision float16 trains on CUDA only, and there is none; use bfloat16 or float32")
 
 
 def _began(tracker: Any) -> bool:

@@ -20,7 +20,8 @@ from ..pipelines.files import written_whole
 from .denoising import Size
 
 __all__ = [
-    "EMPTY", "FORMAT", "INDEX", "VERSION", "DamagedSample", "Samples", "about_digest", "claim", "is_whole", "write_shard",
+    "EMPTY", "FORMAT", "INDEX", "VERSION", "DamagedSample", "Samples", "about_digest", "claim", "is_whole",
+    "read_index", "write_shard",
 ]  # fmt: skip
 
 FORMAT, VERSION = "reattend samples", 1

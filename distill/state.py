@@ -6,8 +6,9 @@ All of it goes into a checkpoint and comes back bit for bit, so that a run that 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from .ranks import Ranks
 from .shards import Samples
 
 __all__ = ["TrainState"]
+
+log = logging.getLogger(__name__)
 
 
 class TrainState:
@@ -62,6 +65,8 @@ class TrainState:
             self.ema.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.bad = 0 if good else self.bad + 1
+        if not good and ranks.first:
+            log.warning("step %d changed nothing: its gradients were no numbers", self.step + 1)
         if self.bad >= config.bad_steps:
             raise RuntimeError(
                 f"the gradients were no numbers {self.bad} steps in a row (step {self.step + 1}); the last checkpoint is "
@@ -71,9 +76,12 @@ class TrainState:
         return norm
 
     def values(self, averaged: bool = True) -> dict[str, Tensor]:
-        """The trained values, whole and on the CPU; averaged ones if there are any. Every process has to call."""
+        """The trained values, whole and on the CPU; averaged ones if there are any.
+
+        Every process has to call; others than the first get none.
+        """
         found = dict(zip(self.trained, self.ema.shadow_params, strict=True)) if averaged and self.ema else self.trained
-        return {name: checkpoint.whole(value) for name, value in found.items()}
+        return dict(self._whole(found.items()))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -105,7 +113,7 @@ class TrainState:
             **self._numbers(),
         }
         checkpoint.save(
-            config.out / "checkpoints", self.step, self._tensors(), numbers, write_student, keep=config.keep,
+            config.out / "checkpoints", self.step, self._whole(self._tensors()), numbers, write_student, keep=config.keep,
             writes=self.ranks.first,
         )  # fmt: skip
         self._saved = self.step
@@ -153,12 +161,19 @@ class TrainState:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for place, (name, parameter) in enumerate(self.trained.items()):
-            yield f"trained.{name}", checkpoint.whole(parameter)
+            yield f"trained.{name}", parameter
             if self.ema is not None:
-                yield f"ema.{name}", checkpoint.whole(self.ema.shadow_params[place])
+                yield f"ema.{name}", self.ema.shadow_params[place]
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    yield f"optimizer.{key}.{name}", checkpoint.whole(value)
+                    yield f"optimizer.{key}.{name}", value
+
+    def _whole(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Gather each; the first process copies it to the CPU, others only take part, and get none."""
+        for name, value in tensors:
+            gathered = checkpoint.gathered(value)
+            if self.ranks.first:
+                yield name, gathered.to("cpu", copy=True).contiguous()
 
     def _numbers(self) -> dict[str, Any]:
         """What optimisers keep as plain numbers, for each parameter and for all: Prodigy's step and learning rate."""

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
 from ..pipelines.events import CancelToken
-from ..pipelines.files import check_writable
+from ..pipelines.files import check_writable, hold
 from .batches import Batches, learning_rate
 from .config import DistillConfig
-from .data import make_dataset, mixed, read_prompts
+from .data import mixed, samples_of
 from .denoising import Denoising, Size, denoising_of
 from .linear_folder import save_linear
 from .losses import Losses, matched_layers, student_losses
-from .progress import Meter, RunLog, TrainEvent
+from .progress import Meter, RunLog, TrainEvent, plain
 from .ranks import Ranks
 from .roles import TwoRoles
 from .shards import Samples
@@ -57,6 +57,7 @@ def distill(
     *,
     pipe: Any = None,
     on_step: Callable[[TrainEvent], None] | None = None,
+    on_sample: Callable[[int, int], None] | None = None,
     cancel: CancelToken | None = None,
 ) -> Trained:
     """Train a linear student of `config.model`, or go on where the run in `config.out` stopped.
@@ -68,33 +69,36 @@ def distill(
         config: what to do.
         pipe: a loaded pipeline, used in place of `config.model`.
         on_step: called after each logged step, on the first process.
+        on_sample: called with (samples done, samples in all) of the first process, where samples have to be made first. A
+            signal ends that at once; what is missing is made when the run is started again.
         cancel: asked after each step.
 
     Raises:
-        ValueError: for bad input, samples or checkpoints that do not fit.
+        ValueError: for bad input, samples or checkpoints that do not fit, or a folder that another process works in.
         RuntimeError: if the loss is no number for `config.bad_steps` steps in a row.
     """
     check_writable(config.out)
     if not config.data.exists():
         raise ValueError(f"there is nothing at {config.data}; make samples with: reattend distill data")
-    with Ranks.joined(config) as ranks, _stoppable(cancel or CancelToken()) as stop:
+    with Ranks.joined(config) as ranks, hold(config.out) if ranks.first else contextlib.nullcontext():
         own = pipe is None
         if pipe is None:
             from ..pipelines.load import load
 
             pipe = load(config.model, device=ranks.device, dtype=config.precision)
         _check_type(pipe, config, ranks)
-        samples = _samples(config, pipe, ranks)
+        samples = samples_of(config, pipe, ranks, on_sample)
         if own and not config.validate_every:  # text encoders and VAE have done their work
             for part in pipe.components.values():
                 if isinstance(part, torch.nn.Module) and part is not denoising_of(pipe).model:
                     part.to("cpu")
-        run = Run(config, pipe, samples, ranks)
-        try:
-            return run.train(on_step, stop)
-        finally:
-            run.close()
-            del run, pipe
+        with _stoppable(cancel or CancelToken()) as stop:
+            run = Run(config, pipe, samples, ranks)
+            try:
+                return run.train(on_step, stop)
+            finally:
+                run.close()
+                del run, pipe
 
 
 class Run:
@@ -171,7 +175,9 @@ class Run:
                 with roles.student():  # what is recomputed in backward is the student
                     ranks.accelerator.backward(losses.total / count)
             meter.add(losses, count)
-        return self.state.update(lr)
+        norm = self.state.update(lr)
+        meter.end(math.isfinite(norm))
+        return norm
 
     def losses(self, size: Size, sample: dict[str, Tensor], places: list[int]) -> Losses:
         """Teacher, student and their losses on one micro batch, whose samples have these places in the batch."""
@@ -259,7 +265,8 @@ class Run:
         if self.damages.met:
             numbers["damaged_samples"] = len(self.damages.met)  # that this process met
         self.log.add(numbers)
-        flat = {key: value for key, value in numbers.items() if isinstance(value, (int, float)) and key != "step"}
+        known = plain(numbers)
+        flat = {key: value for key, value in known.items() if isinstance(value, (int, float)) and key != "step"}
         self.ranks.accelerator.log(flat, step=self.state.step)
         if on_step is not None:
             on_step(
@@ -295,18 +302,6 @@ def _micros(steps: Iterator[tuple[Size, np.ndarray]], places: list[list[int]]) -
     """The samples of each micro batch: of every step those at these places of its batch."""
     for _, indices in steps:
         yield from ([int(indices[place]) for place in micro] for micro in places)
-
-
-def _samples(config: DistillConfig, pipe: Any, ranks: Ranks) -> Samples:
-    """The samples of the run; made first if `config.data` is prompts or pictures."""
-    folder, source = config.data, config.data
-    if source.is_file() or (source.is_dir() and not (source / "dataset.json").is_file()):
-        folder = config.out / "data"
-        given: dict[str, Any] = {"prompts": read_prompts(source)} if source.is_file() else {"pictures": source}
-        part = (ranks.rank, ranks.size)
-        make_dataset(pipe, folder, **given, seed=config.seed, part=part, steps=config.validation_steps)
-        ranks.wait()
-    return Samples(folder)
 
 
 def _check_type(pipe: Any, config: DistillConfig, ranks: Ranks) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..pipelines.files import written_whole
 from ..pipelines.image import without_progress_bar
+from .progress import plain
 
 if TYPE_CHECKING:
     from .config import DistillConfig
@@ -54,7 +55,8 @@ def validate(
         with written_whole(path) as (aside,):
             Image.fromarray(np.concatenate(rows, axis=0)).save(aside, format="PNG")
         note: Path = path.with_suffix(".json")
-        note.write_text(json.dumps({"step": step, "prompts": config.validation_prompts, "latent_error": errors}) + "\n")
+        told = {"step": step, "prompts": config.validation_prompts, "latent_error": plain(errors)}
+        note.write_text(json.dumps(told) + "\n")
     return sum(errors) / len(errors)
 
 

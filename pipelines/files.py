@@ -1,22 +1,35 @@
-"""Files appear whole or not at all: write aside in the same folder, then rename. Pictures are read from a few formats."""
+"""Files appear whole or not at all: write aside in the same folder, then rename. Pictures are read from a few formats.
+
+A folder that long work goes on in can be held, so that the same work is not begun in it twice.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ENDINGS", "PICTURES", "check_writable", "free_path", "inside", "opened", "written_whole"]
+__all__ = ["ENDINGS", "PICTURES", "check_writable", "free_path", "hold", "inside", "opened", "written_whole"]
+
+log = logging.getLogger(__name__)
 
 PICTURES = ["PNG", "JPEG", "WEBP"]  # formats that are read; of others Pillow starts programs
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of their files
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -76,6 +89,30 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {there} is a file, not a folder; choose another output path")
     if not os.access(there, os.W_OK):
         raise ValueError(f"cannot write {path}: no permission to write {there}; choose another output path")
+
+
+def hold(folder: Path) -> IO[str]:
+    """Keep other processes out of a folder until the file given is closed, or this process has ended, in whatever way.
+
+    The folder is made if need be. Where there are no such locks nobody is kept out: without `fcntl`, as on Windows, and,
+    with a warning, on some network file systems.
+
+    Raises:
+        ValueError: if another process holds the folder, or it cannot be written.
+    """
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a")
+    if fcntl is None:
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: that would live on in children
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(f"another process works in {folder}; wait for its end, or choose another folder") from None
+        log.warning("%s cannot be locked (%s): start nothing else that writes there", folder, error.strerror)
+    return file
 
 
 def opened(path: str | Path, what: str = "reference picture") -> Image.Image:

@@ -160,7 +160,7 @@ class Run:
         quiet_libraries()
         speaks = int(os.environ.get("RANK", "0")) == 0
         with TrainBar(silent=not speaks) as bar:
-            ended = distill(config, on_step=bar)
+            ended = distill(config, on_step=bar, on_sample=bar.sampled)
         if speaks:
             told = {"step": ended.step, "finished": ended.finished, "student": str(ended.student)}
             state = "" if ended.finished else f" of {config.steps}; start it again to go on"
@@ -330,6 +330,14 @@ class TrainBar:
             refresh=False,
         )
         self._bar.update(event.step - self._bar.n)
+
+    def sampled(self, done: int, total: int) -> None:
+        """Samples that are made before the first step."""
+        self._bar.total = total
+        self._bar.set_postfix_str("making samples", refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.reset()
 
     def __exit__(self, *problem: object) -> None:
         self._bar.close()

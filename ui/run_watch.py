@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from ..distill.config import ENDLESS
 from .jobs import duration
 
 __all__ = ["CURVES", "Watched", "find_runs", "fingerprint", "pictures_changed", "read_run", "run_folder"]
@@ -39,7 +38,7 @@ class Watched:
 
     Attributes:
         state: "goes on", "finished", or "stopped", which may go on; "waiting" before the first line of the log.
-        step, steps: done so far, and asked for; the latter None where time ends the training.
+        step, steps: done so far, and asked for.
         facts: (what, value) pairs for people.
         curves: per entry of CURVES that the log has, (step, value) pairs.
         pictures: (step, file, prompts) of validation pictures, newest first.
@@ -50,7 +49,7 @@ class Watched:
     name: str
     state: Literal["goes on", "finished", "stopped", "waiting"]
     step: int
-    steps: int | None
+    steps: int
     config: dict[str, Any]
     facts: tuple[tuple[str, str], ...] = ()
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -61,20 +60,19 @@ class Watched:
     @property
     def line(self) -> str:
         """State in one line."""
-        done = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
+        done = f"step {self.step} of {self.steps}"
         if self.state == "finished":
             return f"Finished: {done}."
         if self.state == "waiting":
             return "Begun: nothing is logged yet; the first lines come after some steps."
         if self.state == "stopped":
-            limit = ", if it has time left" if self.steps is None else ""
-            return f"Not running: stopped at {done}. The command that began it goes on from there{limit}."
+            return f"Not running: stopped at {done}. The command that began it goes on from there."
         left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         return f"Training: {done}{left}"
 
     @property
-    def fraction(self) -> float | None:
-        return None if self.steps is None else self.step / self.steps
+    def fraction(self) -> float:
+        return self.step / self.steps
 
 
 def find_runs(root: Path) -> list[str]:
@@ -134,18 +132,17 @@ def read_run(root: Path, name: Any, now: float | None = None) -> Watched:
     folder = run_folder(root, name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        asked, batch = int(config["steps"]), int(config["batch"])
+        steps, batch = int(config["steps"]), int(config["batch"])
         attention = dict(config["attention"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"The run {name} has a config.json that cannot be read; start the run again.") from None
     lines = _lines(folder / "log.jsonl")
-    trained = [line for line in lines if "loss" in line]
+    trained = [line for line in lines if isinstance(line.get("loss"), (int, float))]
     last = trained[-1] if trained else {}
     step = max((line["step"] for line in lines), default=0)
-    steps = None if asked == ENDLESS else asked
-    state = _state(folder, lines, step >= asked, time.time() if now is None else now)
+    state = _state(folder, lines, step >= steps, time.time() if now is None else now)
     pace = float(last.get("samples_per_second") or 0.0)
-    left = (steps - step) * batch / pace if steps is not None and pace and state == "goes on" else None
+    left = (steps - step) * batch / pace if pace and state == "goes on" else None
     return Watched(
         name=str(name), state=state, step=step, steps=steps, config=config, facts=_facts(config, attention, last),
         curves={key: curve for key in CURVES if (curve := _curve(lines, key))}, pictures=_pictures(folder),

@@ -7,7 +7,11 @@ the image tab (`image_job`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
+import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +27,29 @@ __all__ = ["StudentJob", "read_student_form"]
 
 
 class StudentJob(ImageJob):
-    """`ImageJob` that draws recipes with a student twice: first as the teacher does, with the same seed."""
+    """`ImageJob` that draws recipes with a student twice: first as the teacher does, with the same seed.
+
+    A run that goes on deletes its older checkpoints, so the student is copied beside the pictures first, once for as many
+    pairs as it draws; their recipe names the copy.
+    """
 
     def __call__(self, recipe: Recipe, token: CancelToken, report: Callable[[Progress], None]) -> Made:
         if recipe.linear is None:
             return super().__call__(recipe, token, report)
-        teacher = super().__call__(replace(recipe, linear=None), token, _named("The teacher", report))
-        same = replace(recipe, seed=teacher.recipe.seed)
+        report(Progress("Copying the student"))
+        copy, new = _copied(Path(recipe.linear), self.out)
+        halves: tuple[Path, ...] = ()
         try:
+            teacher = super().__call__(replace(recipe, linear=None), token, _named("The teacher", report))
+            halves = (teacher.file, teacher.recipe_file)
+            same = replace(recipe, seed=teacher.recipe.seed, linear=str(copy))
             student = super().__call__(same, token, _named("The student", report))
         except BaseException:  # one of the pair says nothing
-            for file in (teacher.file, teacher.recipe_file):
+            for file in halves:
                 with contextlib.suppress(OSError):
                     file.unlink()
+            if new:
+                shutil.rmtree(copy, ignore_errors=True)
             raise
         return replace(student, beside=teacher.file, seconds=teacher.seconds + student.seconds)
 
@@ -65,6 +79,26 @@ def read_student_form(form: Mapping[str, Any], root: Path) -> Recipe:
         steps=whole("number of steps", form["steps"]),  # type: ignore[arg-type]  # Recipe refuses None
         seed=whole("seed", form["seed"]), dtype=run.config.get("precision"),
     )  # fmt: skip
+
+
+def _copied(student: Path, out: Path) -> tuple[Path, bool]:
+    """A copy of a student's folder in `out`, named by what is in it; and whether it was not there before."""
+    aside = out / f".student-{secrets.token_hex(4)}.part"
+    try:
+        shutil.copytree(student, aside)
+        digest = hashlib.sha256()
+        for file in sorted(aside.iterdir()):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        copy = out / f"student-{digest.hexdigest()[:16]}"
+        if new := not copy.exists():
+            os.replace(aside, copy)
+        return copy, new
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or "not all of it is there any more"
+        raise ValueError(f"The student cannot be copied beside the picture: {reason}; draw again.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _trained_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int] | None:

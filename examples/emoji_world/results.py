@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..pipelines.files import written_whole
+from ..pipelines.files import hold, written_whole
 
 __all__ = ["Results"]
 
@@ -16,11 +17,14 @@ __all__ = ["Results"]
 class Results:
     """The results file: a first line of settings, then one line per arm and sample, kept in `entries`.
 
-    Raises ValueError if the file holds results of other settings, or is none.
+    Its folder is held as long as this lives, so that no other process adds to it.
+
+    Raises ValueError if the file holds results of other settings, or is none, or another process holds the folder.
     """
 
     def __init__(self, path: Path, form: str, settings: dict[str, Any]) -> None:
         self.path = path
+        weakref.finalize(self, hold(path.parent).close)
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         header = {"format": form, **json.loads(json.dumps(settings))}
         text = path.read_text() if path.exists() else ""

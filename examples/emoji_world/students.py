@@ -1,12 +1,13 @@
 """Which linear attention can a pretrained model be trained into? Many forms on one teacher, before and after training.
 
-Run: python -m reattend.emoji_world.students --minutes 10 --out out/students
+Run: python -m reattend.emoji_world.students --out out/students
      python -m reattend.emoji_world.students --show out/students/summary.json
 
-Every form gets the same samples of the teacher, the same time (or with --steps the same number of steps), the same
-settings and seeds. Then teacher and students draw the same held-out captions from the same noise, and the reader says
-whose pictures are right. Everything goes to the folder as soon as it is there: pictures batch by batch, trainings in
-checkpoints. A run that was stopped, in whatever way, goes on where it was with the same command.
+Every form gets the same samples of the teacher, the same number of steps, the same settings and seeds. The default number
+takes about ten minutes for each form on two free cores; the table tells the seconds that each took. Then teacher and
+students draw the same held-out captions from the same noise, and the reader says whose pictures are right. Everything goes
+to the folder as soon as it is there: pictures batch by batch, trainings in checkpoints, the summary after every form. A run
+that was stopped, in whatever way, goes on where it was with the same command.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..attn_processors import ATTN_PROCESSORS, installed
+from ..attn_processors import ATTN_PROCESSORS, Handle, install
 from ..distill import DistillConfig, distill, evaluate, load_linear, make_dataset
 from ..distill.comparison import closeness, step_flops
-from ..distill.config import ENDLESS
 from ..distill.data import own_size
 from ..distill.linear_folder import read_linear
 from ..distill.progress import TrainEvent
+from ..distill.ranks import check_device
 from ..distill.validation import pictures
 from ..pipelines.checks import complete_attention
-from ..pipelines.events import CancelToken
 from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from .evaluate import SHOWN, contact_sheet, environment, model_settings, picture_path
@@ -45,9 +45,9 @@ from .world import sample_captions
 __all__ = ["FORMS", "compare"]
 
 FORMAT = "reattend students 1"
-FORMS = (  # each grid token sees about 50 of the 256, or all of them in a linear form
+FORMS = (  # at 256 px a grid token sees 30 to 50 of the 256 on average, or all of them through a linear form
     "clear radius=4",
-    "clear pattern=tile tile=(2,2) radius=2",
+    "clear pattern=tile tile=(2,2) radius=3.1",
     "neighborhood radius=4",
     "linear",
     "inline",
@@ -56,7 +56,7 @@ FORMS = (  # each grid token sees about 50 of the 256, or all of them in a linea
     "mixture-of-heads radius=4",
     "routed tile=(4,4) topk=3",
 )
-PAIRS = 8  # pairs of pictures that tell times
+PAIRS = 16  # pairs of pictures that tell times
 LARGER = 4  # how many times the side at which operations are counted besides
 BATCH = 10  # pictures in a call
 
@@ -70,8 +70,7 @@ def compare(
     *,
     out: Path,
     forms: Sequence[str] = FORMS,
-    minutes: float = 10.0,
-    steps: int | None = None,
+    steps: int = 700,
     data: int = 1000,
     samples: int = 500,
     denoising: int = 10,
@@ -90,8 +89,7 @@ def compare(
         model: what `load` takes; the teacher.
         out: folder of everything; `summary.json` is what the function returns, `contact.png` shows the first pictures.
         forms: attentions, each a name and settings, as in "clear radius=4". More can be added later.
-        minutes: of training for each form, without pictures and checkpoints.
-        steps: of training for each form, in place of `minutes`.
+        steps: of training for each form.
         data: samples of the teacher to train on.
         samples: held-out captions; picture i has the seed `seed + i` in every arm. More can be added later.
         denoising: steps of each picture, and of the samples.
@@ -101,25 +99,32 @@ def compare(
         on_progress: called with a line for people whenever something is done.
 
     Raises:
-        ValueError, TypeError: bad numbers or forms, or `out` holds results of other settings.
+        ValueError, TypeError: bad numbers or forms, or `out` holds results of other settings, or another process works there.
         Stopped: a signal ended a training.
     """
-    if samples < 1 or data < batch or (steps is None and not minutes > 0):
-        raise ValueError(
-            f"got {samples=}, {data=}, {batch=}, {minutes=}; need samples, minutes > 0 and data for one batch at least"
-        )
-    entries = {form: attention_of(form) for form in forms}
+    if samples < 1 or data < batch:
+        raise ValueError(f"got {samples=}, {data=}, {batch=}; need a sample at least and data for one batch at least")
     if len({slug(form) for form in forms}) < len(forms) or not forms:
         raise ValueError(f"got the forms {list(forms)}; need at least one, and none twice")
     tell = on_progress or (lambda line: None)
     out = Path(out)
+    trainings = {
+        form: DistillConfig(
+            model=str(model), data=out / "data", out=out / "runs" / slug(form), attention=attention_of(form), steps=steps,
+            batch=batch, micro_batch=batch, lr=lr, ema=ema, match="all", precision=precision, seed=seed,  # type: ignore[arg-type]
+            log_every=5, save_every=50, keep=1,
+        )
+        for form in forms
+    }  # fmt: skip
+    check_device(precision)
     pipe = load(model, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
+    for config in trainings.values():  # raises where a form has no layer in this model, before anything is written
+        installed_form(pipe, config.attention).remove()
     side, _ = own_size(pipe)
     length = text_length if hasattr(pipe, "transformer") else None  # UNets have one
-    training = {"steps": steps} if steps is not None else {"minutes": minutes}
     settings = {
-        **training, "data": data, "denoising": denoising, "text_length": length, "batch": batch, "lr": lr, "ema": ema,
+        "steps": steps, "data": data, "denoising": denoising, "text_length": length, "batch": batch, "lr": lr, "ema": ema,
         "precision": precision, "seed": seed, "side": side, **model_settings(pipe),
     }  # fmt: skip
     results = Results(out / "results.jsonl", FORMAT, settings)
@@ -127,27 +132,18 @@ def compare(
     make_dataset(pipe, out / "data", prompts=captions, sizes=[(side, side)], steps=denoising, text_length=length,
                  seed=seed, shard=32, batch=8, on_progress=lambda done, total: tell(f"samples: {done} of {total}"))  # fmt: skip
     judge = Judge(pipe, results, out, samples, denoising, length, seed, (side, side), tell)
+    more = {"settings": settings, "about": environment(pipe, command)}
     judge.pictures(TEACHER)
-    for form, entry in entries.items():
-        judge.pictures(arm_of(form, "before"), entry)
-        folder = out / "runs" / slug(form)
-        config = DistillConfig(
-            model=str(model), data=out / "data", out=folder, attention=entry, steps=steps or ENDLESS, batch=batch,
-            micro_batch=batch, lr=lr, ema=ema, precision=precision, seed=seed, log_every=5, save_every=50, keep=1,  # type: ignore[arg-type]
-        )  # fmt: skip
+    for number, (form, config) in enumerate(trainings.items(), 1):
+        judge.pictures(arm_of(form, "before"), config.attention)
         if (TRAINED + form, 0) not in results.entries:
-            results.add([{"arm": TRAINED + form, "sample": 0, **_trained(config, form, minutes, tell)}])
-        judge.pictures(arm_of(form, "after"), folder / "student")
+            results.add([{"arm": TRAINED + form, "sample": 0, **_trained(config, form, tell)}])
+        judge.pictures(arm_of(form, "after"), config.out / "student")
         if (COST + form, 0) not in results.entries:
-            results.add([{"arm": COST + form, "sample": 0, **judge.cost(folder / "student")}])
+            results.add([{"arm": COST + form, "sample": 0, **judge.cost(config.out / "student")}])
             tell(f"{form}: cost")
-    summary = summarize(results, forms, samples) | {"settings": settings, "about": environment(pipe, command)}
-    rows = [TEACHER, *(arm_of(form, when) for form in forms for when in ("before", "after"))]
-    sheet = contact_sheet([[picture_path(out, slug(arm), i) for i in range(min(samples, SHOWN))] for arm in rows], 128)
-    with written_whole(out / "summary.json", out / "contact.png") as (summary_path, sheet_path):
-        summary_path.write_text(json.dumps(summary, indent=2) + "\n")
-        sheet.save(sheet_path, "PNG")
-    return summary
+            _write(out, results, forms[:number], samples, more)
+    return _write(out, results, forms, samples, more)
 
 
 class Judge:
@@ -168,9 +164,7 @@ class Judge:
             if isinstance(student, Path):
                 stack.callback(load_linear(self.pipe, student).remove)
             elif student is not None:
-                method = ATTN_PROCESSORS[student["name"]]
-                rest = {key: value for key, value in student.items() if key != "name"}
-                stack.enter_context(installed(self.pipe, method.from_settings(rest)))
+                stack.callback(installed_form(self.pipe, student).remove)
             for start in range(0, len(missing), BATCH):
                 some = missing[start : start + BATCH]
                 made, latents = pictures(
@@ -210,25 +204,35 @@ class Judge:
         return entry
 
 
-def _trained(config: DistillConfig, form: str, minutes: float, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Train, or go on; what is told of it. With ENDLESS steps time ends it."""
-    token, timed, over = CancelToken(), config.steps == ENDLESS, False
-    last: dict[str, Any] = {}
+def _trained(config: DistillConfig, form: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Train, or go on; what is told of it."""
 
     def on_step(event: TrainEvent) -> None:
-        nonlocal over
-        last.update(event.numbers)
-        done = f"{last['seconds'] / 60:.1f} of {minutes:g} min" if timed else f"step {event.step} of {event.steps}"
-        tell(f"{form}: {done}, loss {last['loss']:.4g}, {last['samples_per_second']:.3g} samples/s")
-        if timed and last["seconds"] >= 60 * minutes:
-            over = True
-            token.request()
+        loss, pace = event.numbers["loss"], event.numbers["samples_per_second"]
+        tell(f"{form}: step {event.step} of {event.steps}, loss {loss:.4g}, {pace:.3g} samples/s")
 
-    ended = distill(config, on_step=on_step, cancel=token)
-    if not (over or ended.finished):
+    ended = distill(config, on_step=on_step)
+    if not ended.finished:
         raise Stopped(f"stopped in {form!r} after step {ended.step}; the same command goes on")
-    told = last or _last_line(config.out / "log.jsonl")
+    told = _last_line(config.out / "log.jsonl")
     return {"steps": ended.step, "seconds": told["seconds"], "loss": told["loss"], "samples": config.batch * ended.step}
+
+
+def _write(out: Path, results: Results, forms: Sequence[str], samples: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Write the summary and the first pictures of these forms, whose results are all there; returns the summary."""
+    summary = summarize(results, forms, samples) | more
+    rows = [TEACHER, *(arm_of(form, when) for form in forms for when in ("before", "after"))]
+    sheet = contact_sheet([[picture_path(out, slug(arm), i) for i in range(min(samples, SHOWN))] for arm in rows], 128)
+    with written_whole(out / "summary.json", out / "contact.png") as (summary_path, sheet_path):
+        summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        sheet.save(sheet_path, "PNG")
+    return summary
+
+
+def installed_form(pipe: Any, attention: dict[str, Any]) -> Handle:
+    """Install an entry of a recipe, with all settings, untrained."""
+    rest = {key: value for key, value in attention.items() if key != "name"}
+    return install(pipe, ATTN_PROCESSORS[attention["name"]].from_settings(rest))
 
 
 def attention_of(form: str) -> dict[str, Any]:
@@ -253,8 +257,7 @@ def main(
     model: str = "tiny-flux",
     out: Path = Path("out/students"),
     forms: tuple[str, ...] = FORMS,
-    minutes: float = 10.0,
-    steps: int | None = None,
+    steps: int = 700,
     data: int = 1000,
     samples: int = 500,
     batch: int = 16,
@@ -269,8 +272,7 @@ def main(
         model: bundled name, local diffusers folder, or hub id of a model of the emoji world.
         out: folder of everything.
         forms: attentions to compare, each in quotes: "clear radius=4" "linear"
-        minutes: of training for each form.
-        steps: of training for each form, in place of minutes.
+        steps: of training for each form.
         data: samples of the teacher to train on.
         samples: held-out captions to draw.
         batch: samples of a training step.
@@ -288,8 +290,8 @@ def main(
 
     command = " ".join(["python -m reattend.emoji_world.students", *sys.argv[1:]])
     try:
-        summary = compare(model, out=out, forms=forms, minutes=minutes, steps=steps, data=data, samples=samples, batch=batch,
-                          lr=lr, precision=precision, seed=seed, command=command, on_progress=tell)  # fmt: skip
+        summary = compare(model, out=out, forms=forms, steps=steps, data=data, samples=samples, batch=batch, lr=lr,
+                          precision=precision, seed=seed, command=command, on_progress=tell)  # fmt: skip
     except (ValueError, TypeError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

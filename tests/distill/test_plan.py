@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reattend.distill import DistillConfig
 from reattend.distill.plan import memory_plan
@@ -76,33 +78,53 @@ def test_checkpointing_low_rank_and_sharing_take_less(flux):
     assert abs(shared.state_bytes * 8 - flux.state_bytes) < 100
 
 
-def test_activations_are_what_a_real_forward_keeps(tmp_path):
-    """Against the same forward with numbers, on the CPU, where stock attention saves what the fused kernel asks for."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_are_what_a_real_forward_keeps(tmp_path, precision):
+    """Against the same forward with numbers, on the CPU, where stock attention saves what the fused kernel asks for.
+
+    In bfloat16 as in training: under autocast, with trained weights in fp32, of which it keeps copies.
+    """
     pipe = tiny.fresh(tiny.flux_pipeline())
     pipe.transformer.save_pretrained(tmp_path / "transformer")
     config = DistillConfig(
-        model=str(tmp_path), data="d", micro_batch=1, attention_weight=0.0, attention={"name": "clear", "radius": 2}
-    )
+        model=str(tmp_path), data="d", micro_batch=1, attention_weight=0.0, attention={"name": "clear", "radius": 2},
+        precision=precision,
+    )  # fmt: skip
     planned = memory_plan(config, size=(128, 128), text_length=7)
-    model = pipe.transformer.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            any(part in name for part in (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.0."))
-        )
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    dtype = getattr(torch, precision)
+    model = pipe.transformer.to(dtype).requires_grad_(False)
+    for name, module in model.named_modules():
+        if name.endswith((".attn.to_q", ".attn.to_k", ".attn.to_v", ".attn.to_out.0")):
+            module.float().requires_grad_(True)
+    own = {parameter.untyped_storage().data_ptr(): parameter.requires_grad for parameter in model.parameters()}
     seen: dict[int, torch.Tensor] = {}
+    copies: list[torch.Tensor] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **kwargs or {})
+            if function is torch.ops.aten._to_copy.default and own.get(args[0].untyped_storage().data_ptr()):
+                copies.append(out)
+            return out
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if (place := tensor.untyped_storage().data_ptr()) not in own:
             seen[place] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(
-            hidden_states=torch.randn(1, 64, 16), encoder_hidden_states=torch.randn(1, 7, tiny.TEXT_WIDTH),
-            pooled_projections=torch.randn(1, tiny.TEXT_WIDTH), timestep=torch.tensor([0.5]), img_ids=tiny.image_ids(8, 8),
-            txt_ids=torch.zeros(7, 3),
-        )  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(1, 64, 16), "encoder_hidden_states": torch.randn(1, 7, tiny.TEXT_WIDTH),
+        "pooled_projections": torch.randn(1, tiny.TEXT_WIDTH), "timestep": torch.tensor([0.5]),
+    }  # fmt: skip
+    given = {name: value.to(dtype) for name, value in given.items()}
+    ids = {"img_ids": tiny.image_ids(8, 8), "txt_ids": torch.zeros(7, 3)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16), Casts():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**given, **ids)
+        model(**given, **ids)  # what was copied is there: nothing is copied again
+    assert sum(copy.nbytes for copy in copies) == planned.copy_bytes
+    for copy in copies:
+        seen.pop(copy.untyped_storage().data_ptr(), None)
     real = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
     assert abs(planned.activation_bytes - real) < 0.1 * real
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reattend.attn_processors import ATTN_PROCESSORS
@@ -234,23 +233,6 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(flux, config):
     assert [path.name for path in checkpoints(settings.out / "checkpoints")] == ["step-00000003"]
 
 
-def test_steps_whose_loss_is_no_number_change_nothing_and_many_of_them_end_the_run(flux, config, monkeypatch):
-    settings = config(steps=4, ema=0.5, log_every=1)
-    whole = trainer_module.student_losses
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        losses = whole(*args, **kwargs)
-        return replace(losses, total=losses.total * float("nan"))
-
-    distill(replace(settings, steps=1), pipe=flux)
-    monkeypatch.setattr(trainer_module, "student_losses", broken)
-    distill(replace(settings, steps=2), pipe=flux)
-    one, two = (load_file(path / "state.safetensors") for path in reversed(checkpoints(settings.out / "checkpoints")))
-    assert_same(one, two)
-    with pytest.raises(RuntimeError, match="no numbers 3 steps in a row"):
-        distill(replace(settings, bad_steps=3, out=settings.out.with_name("bad")), pipe=flux)
-
-
 def test_samples_are_asked_for_as_they_are_needed(flux, config, monkeypatch):
     asked: list[int] = []
     at = Batches.at
@@ -270,20 +252,6 @@ def test_a_run_is_not_continued_with_other_options_or_samples(flux, config, tmp_
     other = make_dataset(flux, tmp_path / "other", prompts=["x"], samples=4, steps=1, sizes=[(32, 32)], text_length=16)
     with pytest.raises(ValueError, match="began on other samples"):
         distill(replace(settings, data=other), pipe=flux)
-
-
-def test_prompts_in_place_of_samples_are_sampled_first_and_pictures_are_compared(flux, config, tmp_path):
-    (tmp_path / "prompts.txt").write_text("# two\na cat\n\na dog\n")
-    settings = config(
-        data=tmp_path / "prompts.txt", steps=2, batch=2, micro_batch=2, validate_every=2, validation_prompts=("a cat", "a hat"),
-        validation_steps=2, trackers=("tensorboard",),
-    )  # fmt: skip
-    distill(settings, pipe=flux)
-    assert len(Samples(settings.out / "data")) == 2
-    with Image.open(settings.out / "pictures" / "step-00000002.png") as picture:
-        assert picture.size == (2 * 32, 2 * 32)  # a row for each prompt: teacher, student
-    assert "validation_latent_error" in lines(settings.out)[-1]
-    assert list(settings.out.rglob("events.out.tfevents*"))
 
 
 def test_bad_input_is_one_sentence(flux, config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import gc
 import os
@@ -45,6 +46,9 @@ def main() -> None:
         if name == "fsdp":
             pipe = tiny.fresh(tiny.flux_pipeline())  # a sharded model is of no further use
         assert distill(there, pipe=pipe).finished
+    pipe = copy.deepcopy(tiny.flux_pipeline()).to(torch.bfloat16)
+    half = replace(config, parallel="fsdp", precision="bfloat16", steps=2, out=folder / "fsdp-bfloat16")
+    assert distill(half, pipe=pipe).finished
     del pipe
     gc.collect()  # sharded modules that outlive their group keep the interpreter from ending
     dist.destroy_process_group()

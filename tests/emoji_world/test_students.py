@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from holding import held_elsewhere
 
-from reattend.attn_processors import ATTN_PROCESSORS
+from reattend.attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
+from reattend.attn_processors.ops.layout import TokenLayout
 from reattend.distill.trainer import Run, Trained
-from reattend.emoji_world import students
+from reattend.emoji_world import rates, students
+from reattend.emoji_world.read import Score
+from reattend.emoji_world.results import Results
+from reattend.emoji_world.student_table import COST, TEACHER, TRAINED, arm_of, summarize, table
 from reattend.emoji_world.students import FORMS, Judge, Stopped, attention_of, compare, main, slug
 
 MODEL = "tiny-flux"
@@ -79,7 +86,9 @@ def test_a_comparison_that_dies_anywhere_goes_on_and_says_the_same(tmp_path, mon
             row["cost"]["flops"]["attention"] > 0
             and row["cost"]["large_flops"]["model"] > row["cost"]["flops"]["model"]
         )
-        assert (tmp_path / "whole" / "runs" / slug(form) / "student" / "student.safetensors").exists()
+        folder = tmp_path / "whole" / "runs" / slug(form)
+        assert (folder / "student" / "student.safetensors").exists()
+        assert json.loads((folder / "config.json").read_text())["match"] == "all"
     clear, linear = (row["cost"]["large_flops"]["attention"] for row in whole["forms"].values())
     assert linear < whole["forms"]["linear"]["cost"]["large_teacher_flops"]["attention"] > clear
 
@@ -94,6 +103,8 @@ def test_a_comparison_that_dies_anywhere_goes_on_and_says_the_same(tmp_path, mon
             patch.setattr(target, name, dying(getattr(target, name), after))
             with pytest.raises(Killed):
                 compare(MODEL, **again)
+    sofar = json.loads((parts / "summary.json").read_text())  # of the form that was done
+    assert list(sofar["forms"]) == QUICK["forms"][:1] and "| clear radius=2 |" in table(sofar)
     lines = (parts / "results.jsonl").read_text()
     (parts / "results.jsonl").write_text(lines[:-30])  # interrupted in the last line
     assert_same(compare(MODEL, **again), whole)
@@ -112,35 +123,71 @@ def test_a_comparison_that_dies_anywhere_goes_on_and_says_the_same(tmp_path, mon
         "| form", "| teacher", "| clear radius=2", "| linear",
     ]  # fmt: skip
     assert len({line.count("|") for line in shown if line.startswith("|")}) == 1
-    assert "clear radius=2: " in shown[-1] and "points of the teacher" in shown[-1]
+    assert shown[5].split(" | ")[12].endswith("x)") and shown[5].endswith(" s |")  # of the step, of the training
+    assert "clear radius=2: " in shown[-1] and "points against the teacher" in shown[-1]
 
 
-def test_time_ends_a_training_and_a_signal_ends_all(tmp_path, monkeypatch):
-    quick = {**QUICK, "forms": ["linear"], "samples": 1}
-    made = compare(MODEL, out=tmp_path / "timed", minutes=1e-5, **quick)
-    training = made["forms"]["linear"]["training"]
-    assert training["steps"] == 5 and training["seconds"] >= 60e-5  # ended when it was told first
-    assert compare(MODEL, out=tmp_path / "timed", minutes=1e-5, **quick)["forms"] == made["forms"]
-
-    def stopped(config: Any, on_step: Any, cancel: Any) -> Trained:
-        cancel.request()
-        return Trained(3, False, config.out / "student")
-
-    monkeypatch.setattr(students, "distill", stopped)
+def test_a_signal_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(students, "distill", lambda config, on_step: Trained(3, False, config.out / "student"))
     with pytest.raises(Stopped, match="stopped in 'linear' after step 3; the same command goes on"):
-        compare(MODEL, out=tmp_path / "stopped", minutes=1, **quick)
-    for steps, code in ((None, 130), (7, 130)):
-        with pytest.raises(SystemExit) as ended:
-            main(MODEL, tmp_path / f"{steps}", ("linear",), steps=steps, data=2, samples=1, batch=2)
-        assert ended.value.code == code
+        compare(MODEL, out=tmp_path / "out", **{**QUICK, "forms": ["linear"], "samples": 1})
+    with pytest.raises(SystemExit) as ended:
+        main(MODEL, tmp_path / "main", ("linear",), steps=7, data=2, samples=1, batch=2)
+    assert ended.value.code == 130
+
+
+def test_two_comparisons_do_not_work_in_one_folder(tmp_path):
+    with held_elsewhere(tmp_path), pytest.raises(ValueError, match="another process works in"):
+        compare(MODEL, out=tmp_path, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "value", "words"),
+    [
+        (90, 90, 0.0, "+0.0 [+0.0, +0.0] points against the teacher, within the goal of -2"),
+        (80, 93, 0.03, "points against the teacher, within the goal of -2"),
+        (80, 89, -0.01, "within the goal of -2, but the interval reaches across it"),
+        (90, 88, -0.02, "within the goal of -2, but the interval reaches across it"),
+        (90, 87, -0.03, "NOT within the goal of -2, but the interval reaches across it"),
+        (70, 70, -0.2, "points against the teacher, NOT within the goal of -2"),
+    ],
+)
+def test_the_difference_itself_is_judged_and_its_interval_is_told(tmp_path, monkeypatch, before, after, value, words):
+    """The teacher draws 90 of 100 pictures right; a student the first ones of them, or some more."""
+    monkeypatch.setattr(rates, "RESAMPLES", 400)
+    form = "clear radius=4"
+    results, near = Results(tmp_path / "results.jsonl", "test", {}), {"latent_error": 0.1, "psnr": 20.0, "ssim": 0.9}
+    for arm, right in ((TEACHER, 90), (arm_of(form, "before"), before), (arm_of(form, "after"), after)):
+        scores = [Score(kinds=i < right, background=True, sprites=1, sprites_right=1, extra=0, named=0, tints_right=0)
+                  for i in range(100)]  # fmt: skip
+        results.add([{"arm": arm, "sample": i, "score": asdict(score), **near} for i, score in enumerate(scores)])
+    flops = {"model": 2e9, "attention": 1e9}
+    results.add([
+        {"arm": TRAINED + form, "sample": 0, "steps": 700, "seconds": 612.3},
+        {"arm": COST + form, "sample": 0, "ms": 30.0, "teacher_ms": 45.0, "times_faster": 1.5, "flops": flops,
+         "teacher_flops": flops, "large_flops": flops, "large_teacher_flops": flops, "large_size": [1024, 1024]},
+    ])  # fmt: skip
+    summary = summarize(results, [form], 100)
+    found = summary["forms"][form]
+    assert found["after"]["minus teacher"]["all right"]["value"] == pytest.approx(value)
+    assert found["after minus before"]["all right"]["value"] == pytest.approx((after - before) / 100)
+    settings = {"steps": 700, "batch": 16, "denoising": 10, "side": 256}
+    about = {"model": "m", "device": "cpu", "versions": {"torch": "2"}}
+    row, *_, verdict = table(summary | {"settings": settings, "about": about}).splitlines()[5:]
+    assert verdict.endswith(words)
+    assert row.endswith("| 30.0, 45.0 (1.50 x) | 612 s |")
 
 
 def test_forms_are_names_and_settings():
     for form in FORMS:
         name, settings = form.split()[0], attention_of(form)
         assert settings["name"] == name and ATTN_PROCESSORS[name]
+        method = ATTN_PROCESSORS[name].from_settings({key: value for key, value in settings.items() if key != "name"})
+        if isinstance(method, ClearAttnProcessor):  # all of about one cost at 256 px
+            assert 30 <= float(method.pattern_of("any").key_counts(TokenLayout(16, 16)).double().mean()) <= 50
     assert len({slug(form) for form in FORMS}) == len(FORMS)
-    assert attention_of("clear pattern=tile tile=(2,2) radius=2")["tile"] == (2, 2)
+    assert attention_of("clear pattern=tile tile=(2,2) radius=3.1")["tile"] == (2, 2)
     for form, words in (
         ("clear 4", "the word '4', need key=value"),
         ("fast", "unknown attention"),
@@ -150,12 +197,18 @@ def test_forms_are_names_and_settings():
             attention_of(form)
 
 
-def test_bad_comparisons_are_one_sentence(tmp_path):
+def test_bad_comparisons_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for changes, words in (
         ({"samples": 0}, "got samples=0"),
         ({"data": 1}, "data for one batch"),
-        ({"minutes": 0.0}, "minutes > 0"),
+        ({"steps": 0}, "steps is out of range: got 0, need 1"),
+        ({"lr": -1.0}, "lr is out of range: got -1.0"),
+        ({"precision": "float15"}, "precision=...\\) wants one of 'float32', 'bfloat16', 'float16', got 'float15'"),
+        ({"precision": "float16"}, "float16 trains on CUDA only"),
         ({"forms": ["linear", "linear"]}, "none twice"),
+        ({"forms": ["linear", "clear radius=0"]}, "radius"),
+        ({"forms": ["linear", "dual-scope"]}, "dual-scope"),
     ):
         with pytest.raises(ValueError, match=words):
             compare(MODEL, out=tmp_path / "out", **QUICK | changes)

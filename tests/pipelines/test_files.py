@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from holding import held_elsewhere
 
-from reattend.pipelines.files import check_writable, free_path, written_whole
+from reattend.pipelines import files
+from reattend.pipelines.files import check_writable, free_path, hold, written_whole
 
 
 def test_files_appear_together_at_the_end(tmp_path):
@@ -56,3 +58,17 @@ def test_free_path_names_after_the_text_and_never_takes_a_name_twice(tmp_path):
     (tmp_path / "car-64x64.png").touch()
     assert free_path(tmp_path, "car", ".png", ["-64x64.png"]).name == "car-2.png"
     assert len(free_path(tmp_path, "x" * 500, ".png").stem) == 48
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends_in_whatever_way(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "a"
+    with held_elsewhere(folder):
+        with pytest.raises(ValueError, match="another process works in .*; wait for its end, or choose another folder"):
+            hold(folder)
+        monkeypatch.setattr(files, "fcntl", None)
+        hold(folder).close()  # where there are no locks nobody is kept out
+        monkeypatch.undo()
+    hold(folder).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, not a folder"):
+        hold(tmp_path / "file" / "a")

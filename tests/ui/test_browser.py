@@ -296,7 +296,9 @@ def test_the_distill_tab_watches_a_training_and_tries_its_student(page, served, 
     ]
     recipes = [recipe_in(png) for png in answers]
     assert [recipe.seed for recipe in recipes] == [5, 5] and recipes[0].linear is None
-    assert Path(recipes[1].linear) == served.runs / "clear" / "student"
+    copy, student = Path(recipes[1].linear), served.runs / "clear" / "student"
+    assert copy.parent == served.out and copy != student
+    assert (copy / "student.safetensors").read_bytes() == (student / "student.safetensors").read_bytes()
     assert Image.open(io.BytesIO(answers[0])).size == (32, 32)
     keep_screenshot(page, "distill")
 

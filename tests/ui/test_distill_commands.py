@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from PIL import Image
 
+from reattend.distill.progress import TrainEvent
 from reattend.ui.cli import main
+from reattend.ui.distill_commands import TrainBar
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,25 @@ def test_samples_then_a_run_then_more_of_it(capsys):
     assert logged == [1, 2, 3, 4, 5]
     config = json.loads(Path("runs/distill/config.json").read_text())
     assert (config["attention"]["radius"], config["model"], config["save_every"]) == (2.0, "tiny-flux", 2)
+
+
+def test_samples_that_are_made_first_are_told_before_the_steps(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    numbers = {"loss": 0.5, "samples_per_second": 2.0, "memory_mib": 100.0}
+    with TrainBar() as bar:
+        bar._bar.mininterval = 0
+        for done in (1, 2, 2):
+            bar.sampled(done, 2)
+        bar(TrainEvent(4, 10, numbers, 3.0))
+        told = sys.stderr.getvalue()
+    assert "| 1/2 [" in told and "making samples" in told
+    assert "| 4/10 [" in told.rpartition("\r")[2]
+    command = [*RUN[:4], "--data", "prompts.txt", *RUN[6:]]
+    assert main([*command, "--steps", "1", "--set", "validation_steps=1"]) == 0
 
 
 def test_the_student_makes_pictures_from_the_command_line(capsys):
@@ -149,7 +172,8 @@ def test_memory_is_told_before_anything_is_loaded(capsys, flux_folder):
     ]
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["total_bytes"] == found["state_bytes"] + found["average_bytes"] + found["activation_bytes"]
+    parts = ("state_bytes", "average_bytes", "activation_bytes", "copy_bytes")
+    assert found["total_bytes"] == sum(found[part] for part in parts)
     assert main(argv) == 0
     assert "weights, gradients and optimiser: 0." in capsys.readouterr().out
     assert main(["distill", "plan", "--model", "someone/else"]) == 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from PIL import Image
 
 from reattend.attn_processors import ClearAttnProcessor
 from reattend.distill import save_linear
-from reattend.distill.config import ENDLESS
 from reattend.pipelines.events import Cancelled, CancelToken
 from reattend.pipelines.recipe import Recipe
 from reattend.ui import image_job
 from reattend.ui.image_job import load_recipe, make_image
 from reattend.ui.jobs import Session, Worker
-from reattend.ui.run_watch import CURVES, POINTS, Watched, find_runs, fingerprint, pictures_changed, read_run
+from reattend.ui.run_watch import POINTS, Watched, find_runs, fingerprint, pictures_changed, read_run
 from reattend.ui.student_job import StudentJob, read_student_form
 
 CONFIG = {"model": "tiny", "data": "runs/samples", "steps": 100, "batch": 8, "precision": "float32",
@@ -94,31 +93,17 @@ def test_a_run_tells_how_far_it_is(tmp_path):
     assert ended.curves["validation_latent_error"] == [(100, 0.2)]
 
 
-def test_a_run_that_time_ends_tells_its_step_alone(tmp_path):
-    from reattend.ui.tabs.distill import _shown
-
-    folder = run(tmp_path, "a", 20)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"steps": ENDLESS}))
-    found = read_run(tmp_path, "a")
-    assert (found.state, found.step, found.steps, found.fraction) == ("goes on", 20, None, None)
-    assert found.line == "Training: step 20" and dict(found.facts)["Trained for"] == "40 s"
-    watch = {name: name for name in ("state", "facts", "note", *CURVES)}
-    assert 'class="bar unknown"' in _shown(watch, found)["state"]
-    later = read_run(tmp_path, "a", now=time.time() + 1000)
-    assert later.line == (
-        "Not running: stopped at step 20. The command that began it goes on from there, if it has time left."
-    )
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"steps": ENDLESS + 1}))  # that many were asked for
-    assert read_run(tmp_path, "a").line.startswith("Training: step 20 of 1000001, ")
-
-
 def test_a_run_that_has_not_logged_waits_and_long_curves_are_thinned(tmp_path):
     folder = run(tmp_path, "a")
     assert read_run(tmp_path, "a").state == "waiting"
-    (folder / "log.jsonl").write_text(line(1, loss=math.nan) + "".join(line(step) for step in range(2, 1002)))
+    (folder / "log.jsonl").write_text(line(1, loss=None) + "".join(line(step) for step in range(2, 1002)))
     curve = read_run(tmp_path, "a").curves["loss"]
     assert len(curve) <= POINTS and curve[-1][0] == 1001
     assert curve[0][1] == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]))
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(line(1002, loss=None))  # all steps since the line before were skipped
+    found = read_run(tmp_path, "a")
+    assert found.step == 1002 and dict(found.facts)["Loss"] == f"{1 / 1001:.4g}"
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"has a config.json that cannot be read"):
         read_run(tmp_path, "a")
@@ -212,12 +197,36 @@ def test_teacher_and_student_draw_the_same_noise(flux, tmp_path, monkeypatch):
     assert last.tone == "good", last.message
     made = last.made
     teacher, ours = Recipe.read(made.beside), Recipe.read(made.file)
-    assert (teacher.linear, ours.linear) == (None, str(folder)) and teacher.seed == ours.seed
+    assert teacher.linear is None and teacher.seed == ours.seed
+    (copy,) = out.glob("student-*")
+    assert ours.linear == str(copy)
+    assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
     pixels = [np.asarray(Image.open(path)) for path in (made.beside, made.file)]
     assert pixels[0].shape == pixels[1].shape == (32, 32, 3) and (pixels[0] != pixels[1]).any()
     assert f"Saved as {made.beside.name} and {made.file.name}." in last.message
     values, view = load_recipe(made.file, ["tiny"])  # on another tab
     assert values == {} and "draws with a linear student" in view.message
+
+
+def test_a_student_that_its_run_deletes_meanwhile_is_drawn_from_its_copy(flux, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_job, "load", lambda model, dtype=None: flux)
+    job, out = StudentJob(tmp_path / "out"), tmp_path / "out"
+    folder = student(tmp_path / "student", 20)
+    recipe = Recipe(prompt="a cat", model="tiny", linear=str(folder), width=32, height=32, steps=2, seed=3)
+
+    def report(progress):
+        if progress.part == "The teacher":
+            shutil.rmtree(folder, ignore_errors=True)  # its checkpoint is not among the newest any more
+
+    first = job(recipe, CancelToken(), report)
+    assert not folder.exists() and Recipe.read(first.file).linear == str(next(out.glob("student-*")))
+    student(folder, 20)
+    again = job(recipe, CancelToken(), lambda progress: None)
+    assert len(list(out.glob("student-*"))) == 1  # the same student is kept once
+    assert np.array_equal(*(np.asarray(Image.open(made.file)) for made in (first, again)))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"The student cannot be copied beside the picture: .*; draw again"):
+        job(recipe, CancelToken(), lambda progress: None)
 
 
 def test_a_pair_that_is_stopped_leaves_no_half(flux, tmp_path, monkeypatch):
