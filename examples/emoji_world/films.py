@@ -94,7 +94,7 @@ def compare(
         raise ValueError(
             f"need a prompt, and 2 to {frames} frames to compare; got {len(prompts)} prompts and {peer_frames} frames"
         )
-    plan = Recipe(prompt=prompts[0], steps=steps, attention=tuple(attention), video=Video(frames=frames))
+    plan = Recipe(prompt=prompts[0], steps=steps, attention=tuple(map(dict, attention)), video=Video(frames=frames))
     pipe = load(model) if isinstance(model, (str, Path)) else model
     plan = filled_in(plan, pipe)
     settings = {
