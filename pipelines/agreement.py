@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +14,17 @@ import torch
 from torch import nn
 
 from ..attn_processors.comm import Comm, RankLost
-from .events import Cancelled
+from .checks import attention_in_full
+from .events import Cancelled, CancelToken
 from .recipe import Recipe
 
-__all__ = ["check_alike", "named", "request_digest"]
+__all__ = ["check_alike", "named", "request_digest", "stop_wanted"]
 
 
 def request_digest(recipe: Recipe, pipe: Any) -> str:
     """Of the request and the weights, the same on every device."""
     total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
+    total.update(json.dumps(attention_in_full(recipe.attention)).encode())
     settings = {
         k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")
     }  # notes are in no order
@@ -45,6 +48,12 @@ def check_alike(comm: Comm, digest: str) -> None:
                 f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
                 "the same versions and model files"
             )
+
+
+def stop_wanted(comm: Comm, cancel: CancelToken) -> bool:
+    """Was any rank asked to stop? All ranks ask at the same place, and get the same answer."""
+    votes = comm.everyones(torch.tensor(cancel.requested, dtype=torch.uint8))
+    return any(bool(vote) for vote in votes)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-__all__ = ["SIDE", "STEPS", "check_number", "check_side", "check_text", "complete_attention"]
+__all__ = [
+    "SIDE", "STEPS", "attention_entry", "attention_in_full", "check_number", "check_side", "check_text",
+    "complete_attention",
+]  # fmt: skip
 
 SIDE = (8, 8192)  # smallest and largest width or height, in pixels
 STEPS = (1, 1000)  # schedulers are trained on 1000 timesteps
@@ -62,3 +66,25 @@ def complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
             )
         complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
     return tuple(complete)
+
+
+def attention_in_full(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Complete entries with the schedule that runs, which their settings may leave to a default of this version."""
+    from ..attn_processors import ATTN_PROCESSORS
+
+    full = []
+    for entry in entries:
+        method = ATTN_PROCESSORS[entry["name"]].from_settings({key: entry[key] for key in entry if key != "name"})
+        full.append({**entry, "schedule": [asdict(phase) for phase in getattr(method, "schedule", ())]})
+    return full
+
+
+def attention_entry(name: str = "", *pairs: str) -> dict[str, str]:
+    """One `--attention NAME key=value ...`; the attention itself reads the values."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(
+                f"--attention {name} cannot read {pair!r}: settings are written key=value, "
+                "as in --attention agent ratio=0.4, and the prompt comes before --attention"
+            )
+    return {"name": name, **dict(pair.split("=", 1) for pair in pairs)}

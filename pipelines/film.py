@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 __all__ = [
-    "FilmFile", "check_film_path", "film_file", "frame_count", "frames_of", "partial", "read_comment", "require_ffmpeg",
+    "FilmFile", "check_film_path", "check_fits", "film_file", "frame_count", "frames_of", "partial", "read_comment",
+    "require_ffmpeg",
 ]  # fmt: skip
 
 FRAGMENT = 2  # seconds
 SECONDS = 20  # to read a comment
+LONGEST = 2**17 - 16  # bytes of a comment: it is an argument of FFmpeg, and Linux allows 128 KiB for one
 # Nobody knows where a film comes from: it is read as MP4 whatever it holds, and names no other files or addresses.
 AS_MP4 = ("-protocol_whitelist", "file", "-f", "mp4")
 
@@ -52,6 +54,15 @@ def check_film_path(path: Path) -> None:
         raise ValueError(f"a film is written as MP4: got {str(path)!r}; give a name that ends in .mp4")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
+
+
+def check_fits(recipe: Recipe) -> None:
+    """Raise ValueError if the recipe is too long for the comment of a film."""
+    if (length := len(recipe.to_json())) > LONGEST:
+        raise ValueError(
+            f"the recipe is too long to be kept in the film: got {length:,} bytes, at most {LONGEST:,} are allowed; give "
+            "fewer or shorter later prompts, or fewer controlnet_frame_indices"
+        )
 
 
 def partial(path: Path) -> Path:

@@ -26,6 +26,11 @@ def check_makes_films(pipe: Any) -> None:
             f"{name} has a ControlNet that pools its conditions, which the stock pipeline itself cannot add up under "
             "guidance; use a ControlNet with global_pool_conditions=False"
         )
+    if any(_compiled(part) for part in (pipe.unet, net) if part is not None):
+        raise ValueError(
+            f"{name} has a compiled UNet or ControlNet, which runs in one piece, while films call its parts a clip at a time; "
+            "load the pipeline without torch.compile"
+        )
     if any(parameter.is_meta for part in (pipe.unet, net) if part is not None for parameter in part.parameters()):
         raise ValueError(
             f"{name} moves its weights layer by layer (enable_sequential_cpu_offload), which films cannot follow; call "
@@ -36,3 +41,11 @@ def check_makes_films(pipe: Any) -> None:
     if getattr(pipe, "free_noise_enabled", False):
         raise ValueError(f"{name} runs FreeNoise, another way to long films; call pipe.disable_free_noise() first")
     check_scheduler(pipe.scheduler, 4)
+
+
+def _compiled(part: Any) -> bool:
+    """Did torch.compile wrap this module, or its own `compile` change it?"""
+    return any(
+        hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None) is not None
+        for net in (part, *getattr(part, "nets", ()))
+    )

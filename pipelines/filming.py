@@ -26,13 +26,13 @@ from ..attn_processors.comm import Comm, Span
 from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
-from .agreement import check_alike, named, request_digest
+from .agreement import check_alike, named, request_digest, stop_wanted
 from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
 from .files import check_writable
 from .filling_in import check_length, completed
-from .film import check_film_path, require_ffmpeg
+from .film import check_film_path, check_fits, require_ffmpeg
 from .film_inputs import FilmInputs, with_inputs
 from .film_kinds import check_makes_films
 from .film_pictures import Pictures
@@ -100,13 +100,13 @@ def long_video(
         ip_adapter_image: picture for the IP-Adapter that the UNet carries.
         clip: frames on the device at a time; changes memory and time, not the film.
         on_step: called in this thread after every denoising step (clips = 1), then after every written clip.
-        cancel: one rank's is enough; asked after every step, in one process within steps and while pictures are read, too.
-            What is done is kept.
+        cancel: one rank's is enough; asked within steps and between written clips, in one process while pictures are read,
+            too. What is done is kept, of a step that was not finished the one before.
         save_every: seconds between two checkpoints.
 
     Raises:
         Cancelled: if `cancel` was requested.
-        ValueError: for a recipe without video, a pipeline that makes no films, text that is too long, pictures that are
+        ValueError: for a recipe without video, a pipeline that makes no films, too much text, pictures that are
             missing or too many, ranks that were called differently, an unfinished film of another recipe at `out`.
         TypeError: for something in place of pictures.
         RankLost: another rank is gone or did not answer in time; it is named.
@@ -136,6 +136,7 @@ def long_video(
             pipe = load(recipe.model, dtype=recipe.dtype)
         given = {"video": video, "conditioning_frames": conditioning_frames, "ip_adapter_image": ip_adapter_image}
         recipe = filled_in(recipe, pipe, given, cancel if comm.size == 1 else None)
+        check_fits(recipe)
         digest = request_digest(recipe, pipe)
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0
@@ -334,5 +335,7 @@ class _Making:
             event = self.clock.event(max(1, self.steps - self.begin), max(1, self.steps - self.begin), None)
             event = replace(event, step=self.steps, steps=self.steps, clip=number, clips=clips)
             self.on_step(replace(event, eta=left, frames=frames))
-        if self.control.size == 1 and number + 1 < clips:
-            self.cancel.check()
+        if number + 1 < clips:
+            self.control.place = "the file"
+            if stop_wanted(self.control, self.cancel):
+                raise Cancelled("stopped on request")

@@ -7,13 +7,17 @@ The UNet's own `forward` runs once per step on all frames of this rank. What it 
   with all frames. Its norm takes its statistics in one sweep over the clips first.
 
 Full-length tensors stay where the caller has them (host memory, if the caller keeps the latents there), and only a clip or
-a tile is on the model's device at a time. So the working set depends on the clip, not on the film. Over several ranks, each
-has its own frames; statistics, keys and values go through the same `Comm` that one rank leaves idle. Which ranks there are
-changes who computes, never what.
+a tile is on the model's device at a time. So the working set depends on the clip, not on the film, until a tile is a single
+place: that is when a rank has more frames than a clip has places at the finest level (with 16 frames in a clip 65,536 for
+pictures of 512 px, 4,096 for 128 px). Beyond, it grows with the frames of a rank.
+
+Over several ranks, each has its own frames; statistics, keys and values go through the same `Comm` that one rank leaves
+idle. Which ranks there are changes who computes, never what.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +34,8 @@ from ..attn_processors.installer import patched
 from ..attn_processors.ops.norms import film_statistics, frame_statistics, normalise
 from ..attn_processors.ops.scopes import Clip
 from ..attn_processors.planning import supported
-from .events import CancelToken
+from .agreement import stop_wanted
+from .events import Cancelled, CancelToken
 from .offloading import device_of
 
 __all__ = ["CLIP", "PerFrame", "bytes_per_step", "streamed"]
@@ -64,7 +69,7 @@ def streamed(
         frames: of the whole film.
         clip: frames on the device at a time; less takes less memory and more time.
         comm: the ranks; None = all of torch.distributed, or just this process.
-        cancel: asked before every motion module, where there is one process.
+        cancel: asked before every motion module. Of several ranks all give one, and any that was asked stops all of them.
 
     Yields:
         the frames of every rank.
@@ -73,7 +78,7 @@ def streamed(
         ValueError: temporal layers with other attention, fewer frames than ranks.
         UnsupportedModel: no AnimateDiff UNet.
         RankLost: in the block, if another rank is gone; it is named.
-        Cancelled: in the block, where there is one process.
+        Cancelled: in the block, on all ranks in the same place.
     """
     comm = Comm.of_group() if comm is None else comm
     if frames < comm.size:
@@ -86,7 +91,7 @@ def streamed(
     contexts = [_ready(model) for model in models]
     triples: list[tuple[nn.Module, str, Any]] = []
     for context in contexts:
-        triples += _divided(_Work(context, film, clip, cancel if comm.size == 1 else None))
+        triples += _divided(_Work(context, film, clip, cancel))
     if isinstance(net, nn.Module) and not has_motion(net):
         triples.append((net, "forward", _OwnClipWise(net, _Work(contexts[0], film, clip, None))))
     with patched(triples):
@@ -154,6 +159,7 @@ class _Work:
 
     def __init__(self, context: Context, film: Clip, clip: int, cancel: CancelToken | None):
         self.context, self.film, self.clip, self.cancel = context, film, clip, cancel
+        self.votes = copy.copy(film.comm)  # counts its own bytes
 
     @property
     def device(self) -> torch.device:
@@ -238,7 +244,9 @@ class _TileWise:
         """(B * frames, C, H, W) -> the same shape. Of what the stock call takes, the UNet gives the frames only."""
         work, context, x = self.work, self.work.context, hidden_states
         if work.cancel is not None:
-            work.cancel.check()
+            work.votes.place = self.name
+            if stop_wanted(work.votes, work.cancel):
+                raise Cancelled("stopped on request")
         self.norm.statistics = self._statistics(x)
         flat = x.flatten(2)
         out = torch.empty_like(flat)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ..pipelines.checks import attention_entry
+
 if TYPE_CHECKING:
     from ..pipelines.events import CancelToken, StepEvent
 
@@ -60,17 +62,6 @@ WHOLE = _optional(int, "a whole number")
 NUMBER = _optional(float, "a number")
 TEXT = _optional(str, "text")
 FILE = _optional(Path, "a file")
-
-
-def attention_entry(name: str = "", *pairs: str) -> dict[str, str]:
-    """One `--attention NAME key=value ...`; the attention itself reads the values."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(
-                f"--attention {name} cannot read {pair!r}: settings are written key=value, "
-                "as in --attention agent ratio=0.4, and the prompt comes before --attention"
-            )
-    return {"name": name, **dict(pair.split("=", 1) for pair in pairs)}
 
 
 def read_size(text: str) -> tuple[int, int]:

@@ -39,7 +39,9 @@ class Video(Image):
     """Make a film of any length from a text, and write it as MP4 with its recipe inside and beside it.
 
     One process or many make the same film: torchrun --nproc-per-node 4 -m reattend.ui.cli video "..." --frames 256. A film
-    that was stopped (Ctrl-C) or died goes on with --resume, also with another number of processes.
+    that was stopped (Ctrl-C) or died goes on with --resume, also with another number of processes. Ctrl-C stops all processes
+    at the next motion module, and what is done is kept; torchrun kills those that need longer than 30 seconds for it (its
+    --shutdown-timeout), and then the newest checkpoint counts, which is at most five minutes and a step old.
     """
 
     prompt: Annotated[str | None, Positional, TEXT, arg(metavar="PROMPT", help_behavior_hint="")] = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,8 @@ def evaluate(
         on_progress: called with pictures done and in all, after every batch.
 
     Raises:
-        ValueError: bad numbers, arms with the same name, or `out` holds results of other settings.
+        ValueError: bad numbers, arms with the same name, a pipeline that makes clips, or `out` holds results of other
+            settings.
     """
     for name, value in (("samples", samples), ("steps", steps), ("batch", batch)):
         if value < 1:
@@ -156,6 +158,10 @@ def evaluate(
     if not names or len(set(names)) < len(names):
         raise ValueError(f"got arms {names}, need at least one and no name twice; give them different names")
     pipe = load(model) if isinstance(model, (str, Path)) else model
+    if "num_frames" in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} makes clips, not pictures; look at them with python -m reattend.emoji_world.clips"
+        )
     out = Path(out)
     settings = {
         "arms": [{"name": arm.name, "attention": list(arm.attention)} for arm in arms],

@@ -4,9 +4,12 @@
 
 Ours makes the whole film; the others make its first frames, because FreeNoise holds all frames at once and clips know
 nothing of each other anyway. All films go through the same codec, and the reader looks at every frame: are the kinds and
-tints those of the first frame? Films and readings stay in the folder (`results.jsonl`), and a film in the middle of its
-steps keeps its checkpoint, so a run that was stopped goes on where it was. `--show FILE` prints the table of a
-`summary.json` once more.
+tints those of the first frame? `--attention dual-scope anchors=8` is our way with other settings; each needs a folder.
+
+A run that was stopped goes on in its folder. What was read is kept (`results.jsonl`), and a film that is whole is read, not
+made again, if it is of the same settings and weights, which are noted beside it with the seconds it took (`.made.json`). A
+film of ours goes on from its checkpoint, and then tells no time. The others begin anew, and so does the reading of a film.
+`--show FILE` prints the table of a `summary.json` once more.
 """
 
 from __future__ import annotations
@@ -16,19 +19,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
+from tyro.conf import UseAppendAction, arg
 
 from ..bench.video import CONTEXT, PEER, free_noise
 from ..pipelines.checkpoint import latest, parts_folder
+from ..pipelines.checks import attention_entry, attention_in_full
 from ..pipelines.files import written_whole
-from ..pipelines.film import FilmFile, frame_count, frames_of, partial, read_comment
+from ..pipelines.film import FilmFile, frame_count, frames_of, partial
 from ..pipelines.filming import filled_in, long_video
 from ..pipelines.load import load
 from ..pipelines.noise import frame_noise
@@ -61,6 +66,7 @@ def compare(
     seed: int = 0,
     prompts: Sequence[str] = PROMPTS,
     arms: Sequence[str] = ARMS,
+    attention: Sequence[Mapping[str, Any]] = (),
     command: str = "",
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +78,7 @@ def compare(
         frames: of our films.
         peer_frames: of the other arms' films, and of the stretch of ours that is compared with them.
         arms: names from ARMS.
+        attention: of our films, as in `Recipe.attention`; dual-scope is added where it is missing.
         on_progress: called while a film is made and read.
 
     Returns:
@@ -79,7 +86,7 @@ def compare(
         frames for independent, which neighbours are not.
 
     Raises:
-        ValueError: an unknown arm, no prompt, no frames, or `out` holds results of other settings.
+        ValueError: an unknown arm or attention, no prompt, no frames, or `out` holds results of other settings.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
@@ -87,18 +94,21 @@ def compare(
         raise ValueError(
             f"need a prompt, and 2 to {frames} frames to compare; got {len(prompts)} prompts and {peer_frames} frames"
         )
+    plan = Recipe(prompt=prompts[0], steps=steps, attention=tuple(map(dict, attention)), video=Video(frames=frames))
     pipe = load(model) if isinstance(model, (str, Path)) else model
+    plan = filled_in(plan, pipe)
     settings = {
         "frames": frames, "peer_frames": peer_frames, "steps": steps, "seed": seed, "prompts": list(prompts),
-        "arms": list(arms), **model_settings(pipe),
+        "arms": list(arms), "attention": attention_in_full(plan.attention), **model_settings(pipe),
     }  # fmt: skip
+    weights = {name: settings[name] for name in ("model", "scheduler", "dtype")}
     results = Results(Path(out) / "results.jsonl", FORMAT, settings)
     for i, prompt in enumerate(prompts):
         for arm in arms:
             if (arm, i) not in results.entries:
-                count = frames if arm == OURS else peer_frames
-                recipe = Recipe(prompt=prompt, steps=steps, seed=seed + i, video=Video(frames=count))
-                results.add([_entry(pipe, filled_in(recipe, pipe), arm, i, Path(out), on_progress)])
+                count = Video(frames=frames if arm == OURS else peer_frames)
+                recipe = replace(plan, prompt=prompt, seed=seed + i, video=count)
+                results.add([_entry(pipe, filled_in(recipe, pipe), weights, arm, i, Path(out), on_progress)])
     summary = {
         "settings": settings,
         "about": environment(pipe, command),
@@ -127,22 +137,30 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _entry(pipe: Any, recipe: Recipe, arm: str, i: int, out: Path, on_progress: Progress | None) -> dict[str, Any]:
+def _entry(
+    pipe: Any, recipe: Recipe, weights: dict[str, Any], arm: str, i: int, out: Path, on_progress: Progress | None
+) -> dict[str, Any]:
     """One film, made unless it is there already, and read."""
     assert recipe.video is not None
     count, told = recipe.video.frames, on_progress or (lambda *_: None)
     path = out / f"{re.sub(r'[^a-z]+', '-', arm.lower())}-{i + 1}.mp4"
-    comment = recipe.to_json() if arm == OURS else json.dumps({"arm": arm, "recipe": json.loads(recipe.to_json())})
-    seconds: float | None = None  # unknown of a film that was there, or made in several goes
-    if not _is_there(path, comment):
+    of = {"arm": arm, "recipe": json.loads(recipe.to_json()), **weights}
+    if arm == OURS:
+        of["attention"] = attention_in_full(recipe.attention)
+    note = path.with_suffix(".made.json")
+    noted = _noted(note, of) if path.exists() else None  # films appear whole under their name
+    if noted is None:
+        note.unlink(missing_ok=True)  # it is of another film
         goes_on = latest(parts_folder(path)) is not None
         began = time.monotonic()
         if arm == OURS:
             long_video(recipe, path, pipe=pipe, on_step=lambda event: told(f"{arm}, step", event.step, event.steps))
         else:
             made = _free_noise_film if arm == PEER else _clips
-            _write(path, made(pipe, recipe, told), recipe.video.fps, comment)
-        seconds = None if goes_on else time.monotonic() - began
+            _write(path, made(pipe, recipe, told), recipe.video.fps, json.dumps(of))
+        noted = {"of": of, "seconds": None if goes_on else time.monotonic() - began}
+        with written_whole(note) as (aside,):
+            aside.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     save_sheet(path, count, path.with_suffix(".png"))
     readings = []
     for frame in frames_of(path):
@@ -150,15 +168,16 @@ def _entry(pipe: Any, recipe: Recipe, arm: str, i: int, out: Path, on_progress: 
         told(f"{arm}, reading frame", len(readings), count)
     if len(readings) != count:
         raise ValueError(f"{path} has {len(readings)} of {count} frames; delete it, and run this once more")
-    return {"arm": arm, "sample": i, "frames": count, "seconds": seconds, "readings": readings}
+    return {"arm": arm, "sample": i, "frames": count, "seconds": noted["seconds"], "readings": readings}
 
 
-def _is_there(path: Path, comment: str) -> bool:
-    """Is the film whole, and of these settings? Films appear whole under their name."""
+def _noted(note: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What is noted of a film, if that is one of these settings and weights."""
     try:
-        return path.exists() and read_comment(path) == comment
-    except ValueError:
-        return False
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        return noted if noted["of"] == json.loads(json.dumps(of)) and "seconds" in noted else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()
@@ -257,6 +276,11 @@ def main(
     seed: int = 0,
     prompts: tuple[str, ...] = PROMPTS,
     arms: tuple[str, ...] = ARMS,
+    attention: Annotated[
+        tuple[tuple[str, ...], ...],
+        UseAppendAction,
+        arg(metavar="NAME [KEY=VALUE ...]", help_behavior_hint="(default: dual-scope; repeatable)"),
+    ] = (),
     show: Path | None = None,
 ) -> None:
     """Make long films with three methods and tell how well each keeps what its first frame shows.
@@ -270,6 +294,7 @@ def main(
         seed: of the first film; the next ones count on.
         prompts: what the films show; each is one film for every arm.
         arms: which methods to run.
+        attention: of our films, for example: --attention dual-scope anchors=8; other settings need another folder.
         show: print the table of this summary.json and make nothing.
     """
     if show is not None:
@@ -290,8 +315,9 @@ def main(
         command = " ".join(["python -m reattend.emoji_world.films", *sys.argv[1:]])
         try:
             summary = compare(model, out=out, frames=frames, peer_frames=peer_frames, steps=steps, seed=seed,
-                              prompts=prompts, arms=arms, command=command, on_progress=told)  # fmt: skip
-        except (ValueError, OSError) as error:
+                              prompts=prompts, arms=arms, attention=[attention_entry(*words) for words in attention],
+                              command=command, on_progress=told)  # fmt: skip
+        except (ValueError, TypeError, OSError) as error:
             raise SystemExit(f"films: {error}") from None
     print(table(summary))
 

@@ -2,8 +2,10 @@
 
 Run: python -m reattend.emoji_world.identity out/film.mp4 --frames 512
 
-A frame counts if it shows the kinds and tints of the first frame, no more and no less, wherever they are by then. How far
-they moved on the way is told too: a film that stands still keeps its identity easily.
+A frame counts if it shows the kinds and tints of the first frame, no more and no less, wherever they are by then. So all
+hangs on that one frame, as it was asked: one that is misread makes all others wrong, and one with something that cannot be
+told keeps nothing. How far things moved on the way is told too: a film that stands still keeps its identity easily. Their
+world moves at most a lattice cell a frame; more than two is a jump, as at a cut, and no movement, so it is left out.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ import tyro
 from ..pipelines.film import frames_of
 from .rates import Rate, rate
 from .read import Found, read
+from .world import LATTICE
 
-__all__ = ["Identity", "identity", "judge"]
+__all__ = ["Identity", "centre_of", "identity", "judge", "name_of"]
+
+SOMETHING = "something"  # that cannot be told
+JUMP = 2 / LATTICE  # widths; what goes farther in one frame is another thing of that name, or was put elsewhere
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Identity:
 
     first: tuple[str, ...]  # "tint kind" of what the first frame shows, sorted
     kept: Rate  # frames that show the same, of all frames after the first
-    travelled: float  # mean way of the things over the film, in picture widths
+    travelled: float  # mean way of the things over the film without jumps, in picture widths
 
     def __str__(self) -> str:
         return (
@@ -53,31 +59,35 @@ def identity(frames: Iterable[np.ndarray]) -> Identity:
 def judge(readings: Iterable[Sequence[Found]]) -> Identity:
     """`identity` of frames that were read before: what the reader found in each. Raises ValueError for no frames."""
     first: list[str] | None = None
-    before: dict[str, tuple[float, float]] = {}
+    before: dict[str, tuple[int, tuple[float, float]]] = {}  # the frame where a thing was last seen, and its centre
     right = asked = 0
     travelled = 0.0
-    for sprites in readings:
-        seen = sorted(_name(one) for one in sprites)
+    for frame, sprites in enumerate(readings):
+        seen = sorted(name_of(one) for one in sprites)
         if first is None:
             first = seen
         else:
             asked += 1
-            right += seen == first and bool(first)
-        places = {_name(one): _centre(one) for one in sprites if one.kind}
-        for name, place in places.items():
+            right += seen == first and bool(first) and SOMETHING not in first
+        places = {name_of(one): (frame, centre_of(one)) for one in sprites if one.kind}
+        for name, (_, (x, y)) in places.items():
             if name in before:
-                travelled += float(np.hypot(place[0] - before[name][0], place[1] - before[name][1]))
+                last, (x0, y0) = before[name]
+                way = float(np.hypot(x - x0, y - y0))
+                travelled += way if way <= JUMP * (frame - last) else 0.0
         before = before | places
     if first is None:
         raise ValueError("there is no frame to look at; give a film that plays")
     return Identity(tuple(first), rate(right, asked), travelled / max(1, len(first)))
 
 
-def _name(one: Found) -> str:
-    return f"{one.tint} {one.kind}" if one.kind else "something"
+def name_of(one: Found) -> str:
+    """ "tint kind", or "something"."""
+    return f"{one.tint} {one.kind}" if one.kind else SOMETHING
 
 
-def _centre(one: Found) -> tuple[float, float]:
+def centre_of(one: Found) -> tuple[float, float]:
+    """Of its square, as fractions of width and height."""
     x0, y0, x1, y1 = one.box
     return (x0 + x1) / 2, (y0 + y1) / 2
 

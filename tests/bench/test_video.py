@@ -56,6 +56,28 @@ def test_films_that_were_not_measured_are_told_with_the_reason(monkeypatch, caps
     assert hurried["left_out"]["ours, 256 frames"] == "no time left" and hurried["goals"][0]["met"] is None
 
 
+def test_a_slow_arm_or_a_slow_start_leaves_out_no_film_of_the_other(monkeypatch):
+    def pretended(arm, seconds):  # by frames
+        return lambda pipe, frames, device: (
+            video._told(arm, frames, Run(seconds(frames), None)) | {"working_set_mib": 1}
+        )
+
+    calls = []
+    monkeypatch.setattr(video, "build", lambda device: tiny.animatediff())
+    monkeypatch.setattr(video, "call", lambda model, frames, device: calls.append(frames))
+    monkeypatch.setattr(video, "ours", pretended("ours", lambda frames: 20.0 if frames == 16 else frames / 100))
+    monkeypatch.setattr(video, "peer", pretended("FreeNoise", lambda frames: float(frames)))
+    monkeypatch.setattr(video, "on_ranks", lambda ranks, frames: {**RANKED, "ranks": ranks})
+    monkeypatch.setattr(video, "predict", lambda ranks: PREDICTED)
+    result = video.run(minutes=4.2, device="cpu")
+    assert calls == [16]  # one call that is not timed
+    assert result["left_out"] == {
+        "FreeNoise, 256 frames": "no time left",
+        "FreeNoise, 1024 frames": "it holds all frames at once",
+    }
+    assert result["goals"][0]["met"]
+
+
 def test_the_meter_sees_what_lives_at_once():
     with video.Meter() as meter:
         x = torch.zeros(1000)  # 4,000 bytes

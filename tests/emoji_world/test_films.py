@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import tiny
 
+from reattend.attn_processors import dual_scope
 from reattend.emoji_world import films
 from reattend.emoji_world.films import ARMS, OURS, compare, main, table
 from reattend.emoji_world.read import Found, Reading
@@ -49,9 +50,11 @@ def test_every_arm_makes_its_film_and_a_run_goes_on_where_it_was(model, reader, 
         compare(model, out=tmp_path, **SETTINGS)  # other arms
     (tmp_path / "results.jsonl").unlink()
     monkeypatch.setattr(films, "long_video", None)  # the film itself is there and is not made again
+    noted = json.loads((tmp_path / "dual-scope-1.made.json").read_text())
+    assert noted["seconds"] == ours["seconds"] and noted["of"]["attention"][0]["schedule"]
     reader.clear()
     whole = compare(model, out=tmp_path, **SETTINGS)
-    assert whole["arms"][OURS]["counts"] == ours["counts"] and whole["arms"][OURS]["seconds"] is None
+    assert whole["arms"][OURS]["counts"] == ours["counts"] and whole["arms"][OURS]["seconds"] == ours["seconds"]
     for arm, name, count in zip(ARMS, ("dual-scope", "freenoise", "independent-clips"), (20, 18, 18), strict=True):
         assert whole["arms"][arm]["frames"] == count == frame_count(tmp_path / f"{name}-1.mp4")
         assert (tmp_path / f"{name}-1.png").exists()
@@ -87,6 +90,37 @@ def test_a_film_that_was_stopped_goes_on_and_tells_no_time(model, reader, tmp_pa
     made = compare(model, out=tmp_path, **settings)
     assert made["arms"][OURS]["seconds"] is None and len(reader) == 18
     assert "| dual-scope | 18 | red cat |" in table(made)
+
+
+def test_a_film_of_other_weights_is_made_anew(reader, tmp_path, monkeypatch):
+    model = tiny.fresh(tiny.animatediff())
+    settings = SETTINGS | {"frames": 18, "arms": ARMS[2:]}
+    made, plain = [], films._clips
+    monkeypatch.setattr(films, "_clips", lambda *args: made.append(args) or plain(*args))
+    for weight, count in ((0.0, 1), (0.0, 1), (0.5, 2)):
+        next(model.unet.parameters()).data += weight
+        (tmp_path / "results.jsonl").unlink(missing_ok=True)
+        compare(model, out=tmp_path, **settings)
+        assert len(made) == count
+        assert (tmp_path / "independent-clips-1.made.json").exists()
+
+
+def test_our_attention_can_have_other_settings_in_another_folder(model, reader, tmp_path, monkeypatch):
+    settings = SETTINGS | {"frames": 18, "arms": [OURS]}
+    asked, plain = [], films.long_video
+    monkeypatch.setattr(
+        films, "long_video", lambda recipe, *args, **more: asked.append(recipe) or plain(recipe, *args, **more)
+    )
+    compare(model, out=tmp_path, **settings, attention=[{"name": "dual-scope", "anchors": "3"}])
+    assert asked[0].attention[0]["anchors"] == 3
+    with pytest.raises(ValueError, match="other settings .attention differ"):
+        compare(model, out=tmp_path, **settings)
+    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))  # another version's default
+    with pytest.raises(ValueError, match="other settings .attention differ"):
+        compare(model, out=tmp_path, **settings, attention=[{"name": "dual-scope", "anchors": 3}])
+    with pytest.raises(SystemExit, match="no setting 'ancors'"):
+        main(out=tmp_path / "other", attention=(("dual-scope", "ancors=8"),))
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_requests_and_the_table_of_a_file(model, tmp_path, capsys):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from reattend.emoji_world import world
-from reattend.emoji_world.identity import identity, main
+from reattend.emoji_world.identity import identity, judge, main
+from reattend.emoji_world.read import Found
 from reattend.emoji_world.train_video import moving
 from reattend.pipelines.film import film_file, frames_of
 from reattend.pipelines.recipe import Recipe
@@ -35,6 +36,23 @@ def test_a_moving_thing_keeps_its_identity_and_another_does_not(clip):
     assert (changed.kept.right, changed.kept.asked) == (1, 3)
     with pytest.raises(ValueError, match="no frame to look at"):
         identity([])
+
+
+def test_a_jump_is_no_movement():
+    def cat(x):
+        return [Found("cat", "red", (x, 0.1, x + 0.3, 0.4), 0.9)]
+
+    assert judge([cat(0.1), cat(0.2)]).travelled == pytest.approx(0.1)
+    assert judge([cat(0.1), cat(0.3)]).travelled == 0  # more than two lattice cells in a frame: a cut
+    assert judge([cat(0.1), [], cat(0.3)]).travelled == pytest.approx(
+        0.2
+    )  # in two frames, in one of which it was not seen
+
+
+def test_what_cannot_be_told_is_not_kept():
+    blob, cat = Found(None, None, (0.1, 0.1, 0.4, 0.4), 0.0), Found("cat", "red", (0.5, 0.5, 0.9, 0.9), 0.9)
+    assert judge([[blob]] * 3).kept.right == judge([[cat, blob]] * 3).kept.right == 0
+    assert judge([[cat], [cat, blob], [cat]]).kept.right == 1
 
 
 def test_a_file_is_read_as_its_frames(clip, tmp_path, capsys):

@@ -8,13 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from reattend.pipelines.film import film_file, frame_count, frames_of, partial, require_ffmpeg
+from reattend.pipelines.film import (
+    LONGEST,
+    FilmFile,
+    check_fits,
+    film_file,
+    frame_count,
+    frames_of,
+    partial,
+    read_comment,
+    require_ffmpeg,
+)
 from reattend.pipelines.recipe import Recipe
 from reattend.pipelines.videos import Video
 
@@ -120,6 +131,19 @@ def test_a_full_disk_is_told_and_leaves_a_film_that_plays(tmp_path):
     assert done.returncode == 1 and not path.exists()
     assert "FFmpeg stopped after" in done.stderr and "make room and start again" in done.stderr
     assert 20 < frame_count(partial(path)) < 2000
+
+
+def test_the_longest_recipe_fits_into_a_film(tmp_path):
+    path, later = tmp_path / "cat.mp4", [[frame, "a blue car"] for frame in range(1, 2350)]
+    longest = replace(recipe(2350), video=Video(frames=2350, later=later))
+    longest = replace(longest, negative="x" * (LONGEST - len(longest.to_json())))
+    check_fits(longest)
+    film = FilmFile(path, 32, 24, 8, longest.to_json())
+    film.write(frame(0))
+    film.close()
+    assert read_comment(path) == longest.to_json()
+    with pytest.raises(ValueError, match="too long to be kept"):
+        check_fits(replace(longest, negative=longest.negative + "x"))
 
 
 def test_without_ffmpeg_it_says_what_to_install(monkeypatch):

@@ -14,14 +14,15 @@ import tiny
 import torch
 from films import close, make, make_on_ranks
 
-from reattend.attn_processors import install
+from reattend.attn_processors import dual_scope, install
 from reattend.attn_processors.comm import RankLost, split_rows
-from reattend.pipelines import Recipe, Video, filming, long_video, writing
+from reattend.attn_processors.families import family_of
+from reattend.pipelines import Recipe, Video, filming, long_video, stream, writing
 from reattend.pipelines import long_video as package_long_video
 from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.borrowing import Schedule
 from reattend.pipelines.checkpoint import Moment, latest, parts_folder
-from reattend.pipelines.film import partial
+from reattend.pipelines.film import frame_count, partial
 from reattend.pipelines.noise import PerFrameStep, check_scheduler, frame_noise
 
 DUAL = {"name": "dual-scope", "window": 4, "anchors": 2}
@@ -192,6 +193,39 @@ def test_a_film_that_died_while_it_was_written_is_written_anew(alone, animatedif
     assert not again.latents and out.read_bytes()[-2000:] == whole.read_bytes()[-2000:]
 
 
+def test_one_rank_that_is_asked_stops_all_within_a_step(animatediff, tmp_path, monkeypatch):
+    modules = len(family_of(animatediff.unet).motion_modules(animatediff.unet))
+    calls, plain, out = [0, 0], stream._TileWise.__call__, tmp_path / "cat.mp4"
+
+    def counted(self, *args, **more):
+        rank = self.work.film.comm.rank
+        calls[rank] += 1
+        if rank == 1 and calls[1] == modules + 2:  # in the second step
+            self.work.cancel.request()
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(stream._TileWise, "__call__", counted)
+    latents = make_on_ranks(monkeypatch, 2, recipe(), out, stop_after=99)
+    assert calls == [modules + 2] * 2 and list(latents) == [1]
+    assert latest(parts_folder(out)).step == 1  # kept when it stopped, well before five minutes were over
+
+
+def test_one_rank_that_is_asked_stops_the_writing(alone, animatediff, tmp_path, monkeypatch):
+    plain, out = filming._Making._told_clip, tmp_path / "cat.mp4"
+
+    def told(self, number, *more):
+        if self.control.rank == 1 and number == 2:
+            self.cancel.request()
+        plain(self, number, *more)
+
+    monkeypatch.setattr(filming._Making, "_told_clip", told)
+    monkeypatch.setattr(writing, "DECODED", 1)
+    make_on_ranks(monkeypatch, 2, recipe(), out, stop_after=99)
+    assert frame_count(partial(out)) == 3 and not out.exists()
+    make(animatediff, recipe(), out)
+    assert out.read_bytes()[-2000:] == alone[1].read_bytes()[-2000:]
+
+
 def test_a_damaged_checkpoint_is_passed_over(alone, animatediff, tmp_path):
     watch, _ = alone
     out = tmp_path / "cat.mp4"
@@ -231,6 +265,12 @@ def test_the_digest_does_not_depend_on_the_order_of_a_set():
         found.add(request_digest(recipe(), pipe))
     pipe.scheduler.register_to_config(beta_end=0.5)
     assert len(found) == 1 and request_digest(recipe(), pipe) not in found
+
+
+def test_the_digest_changes_with_phases_that_are_left_to_the_default(animatediff, monkeypatch):
+    before = request_digest(recipe(), animatediff)
+    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))
+    assert request_digest(recipe(), animatediff) != before
 
 
 def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
@@ -305,6 +345,11 @@ def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
         long_video(recipe(), tmp_path / "cat.png", pipe=animatediff)
     with pytest.raises(ValueError, match=r"the prompt from frame 3 is too long: got 100 tokens"):
         long_video(recipe(video=Video(frames=7, later=((3, "x" * 100),))), out, pipe=animatediff)
+    schedule = tuple((frame, "a blue car on the sea under a red balloon " + "x" * 30) for frame in range(1, 1400))
+    with pytest.raises(
+        ValueError, match=r"recipe is too long to be kept in the film: got 1\d\d,\d{3} bytes, .* shorter later"
+    ):
+        long_video(recipe(video=Video(frames=1400, later=schedule)), out, pipe=animatediff)
     animatediff.enable_free_init()
     with pytest.raises(ValueError, match="FreeInit, which mixes all frames"):
         long_video(recipe(), out, pipe=animatediff)
@@ -313,6 +358,21 @@ def test_what_makes_no_film_says_so(animatediff, sd, tmp_path):
     with pytest.raises(ValueError, match="FreeNoise, another way"):
         long_video(recipe(), out, pipe=animatediff)
     assert not out.exists() and not parts_folder(out).exists()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "ControlNet"])
+def test_compiled_models_are_refused(how, tmp_path):
+    pipe = tiny.fresh(tiny.animatediff() if how != "ControlNet" else tiny.animatediff_inputs("ControlNet", nets=2))
+    if how == "wrapped":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    elif how == "in place":
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.controlnet.nets[1].compile(backend="eager")
+    with pytest.raises(
+        ValueError, match=r"has a compiled UNet or ControlNet, .* load the pipeline without torch.compile"
+    ):
+        long_video(recipe(), tmp_path / "cat.mp4", pipe=pipe)
 
 
 def test_weights_that_are_broken_are_told_and_no_film_is_left(animatediff, tmp_path):

@@ -14,6 +14,7 @@ from small_methods import DenseScopes
 from reattend.attn_processors import DualScopeAttnProcessor, UnsupportedModel, install
 from reattend.attn_processors.comm import Comm, RankLost, split_rows
 from reattend.attn_processors.ops.scopes import Clip
+from reattend.bench.video import working_set
 from reattend.pipelines import Cancelled, CancelToken, stream
 from reattend.pipelines.stream import PerFrame, bytes_per_step, streamed
 
@@ -180,6 +181,17 @@ def test_the_working_set_does_not_grow_with_the_film(monkeypatch):
             call(model, *inputs(frames, size=(8, 8), batch=1))
         most[frames] = max(seen)
     assert most[128] <= 1.05 * most[32]
+
+
+def test_the_working_set_grows_once_a_tile_is_a_single_place():
+    model, most = motion_unet(), {}
+    install(model, "dual-scope", **SETTINGS)
+    for frames in (16, 32, 64):  # 2 frames of 16 places are a clip: beyond 32 frames no tile is smaller
+        with streamed(model, frames, clip=2, comm=Comm()), working_set() as found:
+            call(model, *inputs(frames, size=(4, 4), batch=1))
+        most[frames] = found["bytes"]
+    assert most[32] <= 1.2 * most[16]  # the windows at both ends see fewer frames
+    assert most[64] > 1.3 * most[32]
 
 
 def test_what_cannot_be_streamed_says_so(unet, animatediff):
