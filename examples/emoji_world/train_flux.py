@@ -32,7 +32,7 @@ from ..pipelines.files import written_whole
 from . import captions, world
 from .clauses import ClauseHead, word_labels
 from .layout import LayoutHead
-from .training import Batch, Trainer, TrainingConfig, start_processes
+from .training import Batch, Trainer, TrainingConfig, start_processes, stratified
 
 TEXT_LENGTHS = (24, 64, 512)  # of the T5 tokens; the longest caption of the world has 15
 LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
@@ -101,7 +101,7 @@ class FluxTrainer(Trainer):
         }
 
     def loss(self, batch: Batch) -> Tensor:
-        words, times, guided = batch.words, batch.times, batch.step >= self.config.steps - self.config.guided_steps
+        words, times, guided = batch.words, batch.times, self.is_guided(batch.step)
         rng = np.random.default_rng((self.config.seed, batch.step, 1))
         length = int(rng.choice(TEXT_LENGTHS, p=GUIDED_LENGTH_WEIGHTS if guided else LENGTH_WEIGHTS))
         mixed = batch.clean.lerp(batch.noise, times.view(-1, 1, 1, 1))
@@ -115,6 +115,17 @@ class FluxTrainer(Trainer):
         if rows > world.LATTICE:  # its cells are the tokens of the base size
             return loss
         return loss + LAYOUT * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
+
+    def is_guided(self, step: int) -> bool:
+        """Whether a step learns the guided velocity."""
+        return step >= self.config.steps - self.config.guided_steps
+
+    def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
+        """In the guided steps those the sampler visits, as often as it does: what is where is decided in the first of them."""
+        if not self.is_guided(step):
+            return super().times(step, count, generator)
+        even = stratified(count, generator)
+        return (SHIFT * even / (1 + (SHIFT - 1) * even)).clamp(max=1 - 1e-6)
 
     def train(self) -> None:
         if self.done == 0:

@@ -37,6 +37,7 @@ __all__ = [
     "learnable",
     "sample_times",
     "start_processes",
+    "stratified",
 ]
 
 CLOSE_UP = 8  # side of a close-up in lattice steps
@@ -183,6 +184,10 @@ class Trainer:
             return "close-ups"
         return "large" if np.random.default_rng((self.config.seed, step, 2)).random() < self.large else "scenes"
 
+    def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
+        """The times of a step's batch, (count,) in [0, 1)."""
+        return sample_times(count, generator, self.lean)
+
     def train(self) -> None:
         """Run to the end, from where the state is."""
         config = self.config
@@ -210,7 +215,7 @@ class Trainer:
             words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
             clean = latents[chosen].float()
             noise = torch.randn(clean.shape, generator=generator)
-            times = sample_times(count, generator, self.lean)
+            times = self.times(step, count, generator)
 
             scale = schedule(step, config.steps)
             for optimizer in self.optimizers.values():
@@ -271,11 +276,16 @@ def sample_times(count: int, generator: torch.Generator, lean: float) -> Tensor:
 
     They lean to the noisy side, for only there does a caption tell what the noisy picture does not.
     """
-    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    uniform = uniform[torch.randperm(count, generator=generator)]
+    uniform = stratified(count, generator)
     third = int(count / 3 + float(torch.rand((), generator=generator)))  # on the average, also of two
     spread = torch.sigmoid(lean + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
     return torch.cat([uniform[:third], spread]).clamp(max=1 - 1e-6)
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """One number from each of `count` equal stretches of [0, 1), in any order."""
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return uniform[torch.randperm(count, generator=generator)]
 
 
 def sample_close_up(rng: np.random.Generator) -> world.Scene:

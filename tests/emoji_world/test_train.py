@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, FluxPipeline
+from diffusers import AnimateDiffPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from forked import forked
 
 from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, train_video, training, world
@@ -144,6 +144,19 @@ def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(va
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a blue car on sand", height=64, width=96, num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (64, 96, 3) and np.isfinite(image).all()
+
+
+def test_guided_steps_learn_the_times_that_the_sampler_visits(vae_folder: Path, tmp_path: Path) -> None:
+    config = train_flux.FluxConfig(vae=vae_folder, out=tmp_path, steps=10, guided_steps=4, text_steps=0)
+    trainer = train_flux.FluxTrainer(config)
+    draw = torch.Generator().manual_seed(0)
+    times = torch.cat([trainer.times(6, 20, draw) for _ in range(50)])
+    visited = FlowMatchEulerDiscreteScheduler(shift=train_flux.SHIFT)
+    visited.set_timesteps(1000)
+    wanted = visited.sigmas[:-1].sort().values
+    torch.testing.assert_close(times.sort().values, wanted, atol=0.03, rtol=0)  # 1,000 draws
+    before = torch.cat([trainer.times(5, 20, draw) for _ in range(50)])
+    assert (before.sort().values - wanted).abs().max() > 0.05
 
 
 def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
