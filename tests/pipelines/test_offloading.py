@@ -11,7 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 
+from reattend.attn_processors.comm import Comm
 from reattend.attn_processors.installer import patched
+from reattend.attn_processors.ops.scopes import Clip
 from reattend.pipelines import Recipe, Video
 from reattend.pipelines.borrowing import Schedule
 from reattend.pipelines.filming import _Making
@@ -69,7 +71,7 @@ def test_pictures_of_a_sparse_net_are_encoded_where_the_vae_is_while_latents_sta
 def test_a_controlnet_that_is_moved_by_its_first_clip_gets_all_clips_where_it_goes():
     net = Net(CPU)
     accelerate.cpu_offload_with_hook(net, AWAY)
-    work = _Work(SimpleNamespace(), None, 3, None)
+    work = _Work(SimpleNamespace(), Clip(Comm(), ((0, 7),)), 3, None)
     (made,) = _OwnClipWise(net, work)(torch.ones(7, 2, device=AWAY))
     assert net.seen == [3, 3, 1] and made.shape == (7, 2) and net.weight.device == AWAY
 
