@@ -27,10 +27,9 @@ TAKES: dict[str, tuple[str, ...]] = {  # what the pipelines that this tab offers
     "AnimateDiffVideoToVideoPipeline": ("video", "strength"),
     "AnimateDiffControlNetPipeline": ("conditioning_frames", "controlnet_conditioning_scale"),
     "AnimateDiffVideoToVideoControlNetPipeline": (
-        *("video", "strength"),
-        *("conditioning_frames", "controlnet_conditioning_scale"),
+        "video", "strength", "conditioning_frames", "controlnet_conditioning_scale",
     ),
-}
+}  # fmt: skip
 EVERYTHING = tuple(dict.fromkeys(word for words in TAKES.values() for word in words))
 SCALES = {  # numbers that count for some models, and what they are called in messages
     "strength": "share of the film that may change",

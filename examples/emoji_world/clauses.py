@@ -2,8 +2,7 @@
 
 FLUX gives its text tokens no positions, so whatever the transformer is to know of a word, which tint belongs to it and
 whether it comes first, has to be in that word's hidden state. The published models have a T5 that read the web before it
-saw a picture. Ours is new: left to the pictures, it took ten thousand steps to put 40 % of tints where their nouns are. A
-thousand steps on captions alone, half a minute, put all of them there.
+saw a picture. Ours is new, and pictures teach it to read very slowly; captions alone do so within some hundred steps.
 The head serves the training alone and is no part of the finished pipeline.
 """
 

@@ -25,9 +25,9 @@ from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from .evaluate import MEASURES, contact_sheet, environment, model_settings
 from .identity import centre_of, judge, name_of
-from .rates import rate
+from .rates import Rate, rate
 from .read import Found, Score, read, score
-from .results import Results
+from .results import Results, print_table
 from .world import LATTICE, sample_captions
 
 __all__ = ["clips", "reach", "table"]
@@ -110,8 +110,9 @@ def clips(
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    settings, text = summary["settings"], summary["text"]
-    rows = [*text.items(), ("moved, in widths", f"{summary['travelled']:.2f}")]
+    settings = summary["settings"]
+    rates = {words: Rate(**found) for words, found in summary["rates"].items()}
+    rows = [*rates.items(), ("moved, in widths", f"{summary['travelled']:.2f}")]
     title = f"{summary['samples']} clips of {settings['frames']} frames, {settings['steps']} steps; 95 % intervals"
     return "\n".join([title, "", "| | |", "|---|---|", *(f"| {words} | {found} |" for words, found in rows)])
 
@@ -149,13 +150,12 @@ def _summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         answers = np.array([[measure(Score(**one)) for one in entry["scores"]] for entry in entries])
         rates[words] = rate(*answers.sum(axis=1).T)  # (clips, right and asked)
     seen = [[[Found(**one) for one in sprites] for sprites in entry["readings"]] for entry in entries]
-    kept = [judge(readings).kept for readings in seen]
-    rates["as in the first frame"] = rate([one.right for one in kept], [one.asked for one in kept])
+    judged = [judge(readings) for readings in seen]
+    rates["as in the first frame"] = rate([one.kept.right for one in judged], [one.kept.asked for one in judged])
     rates["clips that move"] = rate(sum(reach(readings) >= MOVES for readings in seen), len(seen))
     return {
         "rates": {words: asdict(found) for words, found in rates.items()},
-        "text": {words: str(found) for words, found in rates.items()},
-        "travelled": sum(judge(readings).travelled for readings in seen) / len(seen),
+        "travelled": sum(one.travelled for one in judged) / len(judged),
     }
 
 
@@ -191,10 +191,7 @@ def main(
         show: print the table of this summary.json and make nothing.
     """
     if show is not None:
-        try:
-            print(table(json.loads(show.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"clips: {show} holds no summary of clips ({error})") from None
+        print_table(show, table, "clips")
         return
     from tqdm import tqdm
 

@@ -44,7 +44,7 @@ from .evaluate import environment, model_settings
 from .identity import Identity, judge
 from .rates import rate
 from .read import Found, read
-from .results import Results
+from .results import Results, print_table
 
 __all__ = ["ARMS", "compare", "table"]
 
@@ -298,10 +298,7 @@ def main(
         show: print the table of this summary.json and make nothing.
     """
     if show is not None:
-        try:
-            print(table(json.loads(show.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"films: {show} holds no summary of films ({error})") from None
+        print_table(show, table, "films")
         return
     from tqdm import tqdm
 

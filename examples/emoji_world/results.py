@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..pipelines.files import hold, written_whole
 
-__all__ = ["Results"]
+__all__ = ["Results", "print_table"]
+
+
+def print_table(file: Path, table: Callable[[dict[str, Any]], str], program: str) -> None:
+    """Print the table of a summary.json. Ends the program in one sentence if the file is none of its summaries."""
+    try:
+        print(table(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{program}: {file} holds no summary of {program} ({error})") from None
 
 
 class Results:

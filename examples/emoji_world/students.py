@@ -4,7 +4,7 @@ Run: python -m reattend.emoji_world.students --out out/students
      python -m reattend.emoji_world.students --show out/students/summary.json
 
 Every form gets the same samples of the teacher, the same number of steps, the same settings and seeds. The default number
-takes about ten minutes for each form on two free cores; the table tells the seconds that each took. Then teacher and
+is meant to take about ten minutes for each form on two free cores; the table tells the seconds it took. Then teacher and
 students draw the same held-out captions from the same noise, and the reader says whose pictures are right. Everything goes
 to the folder as soon as it is there: pictures batch by batch, trainings in checkpoints, the summary after every form. A run
 that was stopped, in whatever way, goes on where it was with the same command.
@@ -38,7 +38,7 @@ from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from .evaluate import SHOWN, contact_sheet, environment, model_settings, picture_path
 from .read import read, score
-from .results import Results
+from .results import Results, print_table
 from .student_table import COST, TEACHER, TRAINED, arm_of, summarize, table
 from .world import sample_captions
 
@@ -282,7 +282,7 @@ def main(
         show: only print the table of a summary.json that is there.
     """
     if show is not None:
-        print(table(json.loads(show.read_text(encoding="utf-8"))))
+        print_table(show, table, "students")
         return
 
     def tell(line: str) -> None:

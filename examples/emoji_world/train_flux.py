@@ -86,8 +86,8 @@ class FluxTrainer(Trainer):
         self.hidden = answer[1]
 
     def _keep_text(self, encoder: nn.Module, given: tuple, answer: Any) -> None:
-        """Of the words, as T5 gives them to the transformer."""
-        self.text = answer.last_hidden_state
+        """The words, and what T5 gives of them to the transformer."""
+        self.ids, self.text = given[0], answer.last_hidden_state
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer, self.t5_tokenizer = captions.build_tokenizer(), captions.build_t5_tokenizer()
@@ -109,8 +109,7 @@ class FluxTrainer(Trainer):
         loss = (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
         if guided:
             return loss
-        ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, length))
-        loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, ids))
+        loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, self.ids))
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
         if rows > world.LATTICE:  # its cells are the tokens of the base size
             return loss

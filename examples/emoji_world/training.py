@@ -200,8 +200,8 @@ class Trainer:
             if stage not in pools:
                 if rank:
                     dist.barrier()  # the first process encodes, the others read
-                if stage == "scenes":
-                    pools.clear()  # of close-ups
+                if stage != "close-ups":
+                    pools.pop("close-ups", None)
                 pools[stage] = self.pool(stage)
                 if ranks > 1 and not rank:
                     dist.barrier()

@@ -3,10 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from reattend.emoji_world import captions, clauses, train_flux, train_vae, world
+from reattend.emoji_world import captions, clauses, train_flux, world
 
 
 def labels_of(caption: str) -> list[tuple[str, str, int, int]]:
@@ -37,14 +36,6 @@ def test_words_that_tell_nothing_cost_nothing() -> None:
     assert loss == 0
     loss.backward()  # and is no obstacle
     assert all((p.grad == 0).all() for p in head.parameters())
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    train_vae.build_vae().save_pretrained(folder)
-    return folder
 
 
 def test_t5_learns_to_read_on_captions_alone(vae_folder: Path, tmp_path: Path) -> None:

@@ -28,14 +28,6 @@ class PulledPlugError(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    train_vae.build_vae().save_pretrained(folder)
-    return folder
-
-
 def test_tiny_sd_training_resumes_across_both_stages(
     vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
