@@ -2,14 +2,14 @@
 
 From "a cat and a dog on sea", of a cat that looks like a "red cat" and a dog like a "blue dog", the cat's part of the
 picture reads "a red cat and a dog on sea", the dog's "a cat and a blue dog on sea". So every word has one subject that it
-can belong to, and the caption itself names none of it.
+can belong to, and the caption itself names none of it, except of those who have no place: they are told to all.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..attn_processors import Place
 from .filling_in import check_length
-from .script import Script, Subject
+from .script import Panel, Script, Subject
 
-__all__ = ["captioned_places", "check_captions", "encoded", "own_caption"]
+__all__ = ["captioned_places", "check_captions", "encoded", "own_caption", "panel_prompt"]
 
 
 def own_caption(script: Script, number: int, subject: Subject) -> str:
@@ -30,9 +30,44 @@ def own_caption(script: Script, number: int, subject: Subject) -> str:
     the caption (the subject has a box), how it looks stands before it. What is part of another subject's longer phrase
     does not count.
     """
-    if not subject.looks:
-        return ""
+    return _told(script, number, [subject]) if subject.looks else ""
+
+
+def panel_prompt(pipe: Any, script: Script, number: int, places: Sequence[Place]) -> str:
+    """What a panel as a whole reads: its caption, with those in their own words who have no place of their own to read them.
+
+    Raises:
+        ValueError: with these words it is too long for the model.
+    """
     panel = script.panels[number]
+    placed = {place.subject for place in places}
+    lost = [one for name in script.present(panel) if name not in placed and (one := script.subject(name)).looks]
+    if not lost:
+        return panel.prompt
+    caption = _told(script, number, lost)
+    check_length(f"panel {number + 1} as it tells of those not found", caption, pipe, _accepted(pipe))
+    return caption
+
+
+def _told(script: Script, number: int, subjects: Sequence[Subject]) -> str:
+    """The caption of a panel with the phrases of `subjects` replaced by how they look."""
+    panel = script.panels[number]
+    spans: list[tuple[int, int, str]] = []
+    before = ""
+    for subject in subjects:
+        one = _mention(script, panel, subject)
+        if one is None or any(one.start() == start for start, *_ in spans):
+            before += f"{subject.looks}, "
+        else:
+            spans.append((*one.span(), _with_article(one.group("article"), subject.looks)))
+    caption = panel.prompt
+    for start, end, words in sorted(spans, reverse=True):
+        caption = caption[:start] + words + caption[end:]
+    return before + caption
+
+
+def _mention(script: Script, panel: Panel, subject: Subject) -> re.Match[str] | None:
+    """Where the caption means a subject, if anywhere."""
     there = script.present(panel)
     alike = [one.name for one in script.subjects if one.name in there and one.phrase.lower() == subject.phrase.lower()]
     longer = [other for one in script.subjects for other in _occurrences(one.phrase, panel.prompt)
@@ -43,11 +78,8 @@ def own_caption(script: Script, number: int, subject: Subject) -> str:
         if not any(other.start("phrase") <= one.start("phrase") and one.end() <= other.end() for other in longer)
     ]
     if not found:
-        return f"{subject.looks}, {panel.prompt}"
-    mine = found[min(alike.index(subject.name), len(found) - 1)] if subject.name in alike else found[0]
-    return (
-        panel.prompt[: mine.start()] + _with_article(mine.group("article"), subject.looks) + panel.prompt[mine.end() :]
-    )
+        return None
+    return found[min(alike.index(subject.name), len(found) - 1)] if subject.name in alike else found[0]
 
 
 def _occurrences(phrase: str, caption: str) -> list[re.Match[str]]:
@@ -77,7 +109,7 @@ def captioned_places(script: Script, number: int, places: Sequence[Place]) -> tu
 
 def check_captions(pipe: Any, script: Script, numbers: Sequence[int]) -> None:
     """Raise ValueError if the model cannot read the captions of these panels for each subject, or not to their ends."""
-    kind, accepts = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    kind, accepts = type(pipe).__name__, _accepted(pipe)
     present = [(number, script.subject(name)) for number in numbers for name in script.present(script.panels[number])]
     told = [(number, one) for number, one in present if one.looks]
     if (
@@ -90,6 +122,10 @@ def check_captions(pipe: Any, script: Script, numbers: Sequence[int]) -> None:
     for number, one in told:
         caption = own_caption(script, number, one)
         check_length(f"panel {number + 1} as {one.name!r} reads it", caption, pipe, accepts)
+
+
+def _accepted(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipe.__call__).parameters
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from .files import opened
 from .image import attention_of, stock_rows
 from .load import load
 from .masks import as_place
-from .own_words import captioned_places, check_captions, encoded
+from .own_words import captioned_places, check_captions, encoded, panel_prompt
 from .placing import filled_in_story, panel_places, reference_place
 from .references import Pinned, fitted, plan_for
 from .script import Panel, Script, Subject
@@ -135,9 +135,13 @@ class _Job:
         """The panels of one call, into `made`."""
         if self.find is not None:
             self._rehearse(group, made)
-        panels = []
+        panels, shown = [], []
         for number in group:
             places, lost = panel_places(self.pipe, self.script, number)
+            told = bool(self.settings["text_mix"])
+            shown.append(
+                panel_prompt(self.pipe, self.script, number, places) if told else self.script.panels[number].prompt
+            )
             panels.append(captioned_places(self.script, number, places))
             made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
@@ -170,10 +174,9 @@ class _Job:
         elif self.script.bank is not None:
             self.call += 1
         rows = subjects if method.source == "rows" else []
-        shown = [self.script.panels[number] for number in group]
-        noise = [shown[panel].seed for panel, *_ in captions]
-        prompts = [*(one.drawn for one in rows), *(caption for *_, caption in captions), *(one.prompt for one in shown)]
-        seeds = [*(one.seed for one in rows), *noise, *(panel.seed for panel in shown)]
+        noise = [self.script.panels[number].seed for number in group]
+        prompts = [*(one.drawn for one in rows), *(caption for *_, caption in captions), *shown]
+        seeds = [*(one.seed for one in rows), *(noise[panel] for panel, *_ in captions), *noise]
         with self._inside(method, bank, group.start, texts) as contexts:
             pictures = self._run(prompts, seeds, rows)
             for number, panel in zip(group, panels, strict=True):

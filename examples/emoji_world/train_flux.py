@@ -7,8 +7,7 @@ noise - picture (Liu et al. 2023; Esser et al. 2024). Two things make a plain `p
 
 - FluxPipeline pads the T5 text to 512 tokens and masks nothing, so a share of the steps trains with that length.
 - It makes one call per step, without an empty caption to compare with. So the last `guided_steps` learn the guided
-  velocity, v(empty) + guidance * (v(caption) - v(empty)), of the averaged weights as they were before: guidance is built in,
-  and a step costs one call (after Meng et al. 2023).
+  velocity of the averaged weights as they were before (`guiding`): guidance is built in, and a step costs one call.
 
 Before the first picture T5 learns to read captions (`clauses`), and goes on telling what it read. Until the guided steps
 the hidden states half-way through the transformer also learn to tell what is where (`layout`).
@@ -17,6 +16,7 @@ the hidden states half-way through the transformer also learn to tell what is wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..pipelines.files import written_whole
 from . import captions, world
 from .clauses import ClauseHead, word_labels
+from .guiding import SHIFT, Drawing, guided_mean
 from .layout import LayoutHead
 from .training import Batch, Trainer, TrainingConfig, start_processes, stratified
 
@@ -41,7 +42,6 @@ LAYOUT = 0.1  # weight of telling what is where
 CLAUSES = 0.1  # weight of telling what the caption says of a word
 CAPTIONS = 64  # per step before the first picture
 GUIDED_EMA = 0.99  # decay of the averaged weights in the guided steps: they must leave those of before behind
-SHIFT = 3.0  # of the sampler's steps towards the noisy side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,12 @@ class FluxTrainer(Trainer):
 
     side = 256
     lean = 1.0  # what goes wrong is which sprites there are, and that is decided early
-    large = 0.2  # upscaling draws sprites of twice as many tokens
+    large = 0.3  # upscaling draws sprites of twice as many tokens
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)
         self.teacher: dict[str, nn.Module] | None = None
+        self.drawings: dict[torch.Size, Drawing] = {}  # by the shape of their latents
         self.parts["transformer"].single_transformer_blocks[0].register_forward_hook(self._keep_hidden)
         self.parts["text_encoder_2"].register_forward_hook(self._keep_text)
 
@@ -101,26 +102,41 @@ class FluxTrainer(Trainer):
         }
 
     def loss(self, batch: Batch) -> Tensor:
-        words, times, guided = batch.words, batch.times, self.is_guided(batch.step)
-        rng = np.random.default_rng((self.config.seed, batch.step, 1))
-        length = int(rng.choice(TEXT_LENGTHS, p=GUIDED_LENGTH_WEIGHTS if guided else LENGTH_WEIGHTS))
+        if self.is_guided(batch.step):
+            return self.guided_loss(batch)
+        words, times, length = batch.words, batch.times, self.text_length(batch.step, LENGTH_WEIGHTS)
         mixed = batch.clean.lerp(batch.noise, times.view(-1, 1, 1, 1))
-        target = self.guided(mixed, words, times) if guided else batch.noise - batch.clean
+        target = batch.noise - batch.clean
         loss = (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
-        if guided:
-            return loss
         loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, self.ids))
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
         if rows > world.LATTICE:  # its cells are the tokens of the base size
             return loss
         return loss + LAYOUT * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
 
+    def guided_loss(self, batch: Batch) -> Tensor:
+        """On pictures that the model is drawing itself, one sampler step per call; `batch` begins those that come next."""
+        if self.teacher is None:
+            self.teacher = self.frozen_teacher()
+            self.ema.decay = GUIDED_EMA
+        drawing = self.drawings.setdefault(batch.clean.shape, Drawing(batch))
+        drawing.renew(batch)
+        target = guided_mean(drawing, partial(self.velocity, self.teacher), self.config.guidance)
+        length = self.text_length(batch.step, GUIDED_LENGTH_WEIGHTS)
+        velocity = self.velocity(self.parts, drawing.mixed, drawing.words, drawing.stops()[0], length)
+        drawing.move(velocity.detach())
+        return (velocity - target).square().mean()
+
+    def text_length(self, step: int, weights: tuple[float, ...]) -> int:
+        """Of a step's T5 tokens, the same in every process."""
+        return int(np.random.default_rng((self.config.seed, step, 1)).choice(TEXT_LENGTHS, p=weights))
+
     def is_guided(self, step: int) -> bool:
         """Whether a step learns the guided velocity."""
         return step >= self.config.steps - self.config.guided_steps
 
     def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
-        """In the guided steps those the sampler visits, as often as it does: what is where is decided in the first of them."""
+        """In the guided steps those the sampler visits, as often as it does."""
         if not self.is_guided(step):
             return super().times(step, count, generator)
         even = stratified(count, generator)
@@ -146,16 +162,6 @@ class FluxTrainer(Trainer):
             optimizer.step()
         return loss.item()
 
-    @torch.no_grad()
-    def guided(self, mixed: Tensor, words: list[str], times: Tensor) -> Tensor:
-        """What the last steps learn: the guided velocity of the averaged weights from before them."""
-        if self.teacher is None:
-            self.teacher = self.frozen_teacher()
-            self.ema.decay = GUIDED_EMA
-        with_caption = self.velocity(self.teacher, mixed, words, times, TEXT_LENGTHS[0])
-        without = self.velocity(self.teacher, mixed, [""] * len(words), times, TEXT_LENGTHS[0])
-        return without.lerp(with_caption, self.config.guidance)
-
     def frozen_teacher(self) -> dict[str, nn.Module]:
         """The averaged weights at the beginning of the guided steps, kept in a file so that a resumed run has them."""
         file = self.config.out / "teacher.pt"
@@ -170,7 +176,12 @@ class FluxTrainer(Trainer):
         return {name: part.float().requires_grad_(False) for name, part in teacher.items()}
 
     def velocity(
-        self, parts: dict[str, nn.Module], mixed: Tensor, words: list[str], times: Tensor, length: int
+        self,
+        parts: dict[str, nn.Module],
+        mixed: Tensor,
+        words: list[str],
+        times: Tensor,
+        length: int = TEXT_LENGTHS[0],
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too

@@ -16,7 +16,7 @@ import torch
 from diffusers import AnimateDiffPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from forked import forked
 
-from reattend.emoji_world import captions, muon, train_flux, train_sd, train_vae, train_video, training, world
+from reattend.emoji_world import captions, guiding, muon, train_flux, train_sd, train_vae, train_video, training, world
 from reattend.pipelines import Recipe, Video, long_video
 
 # Kernels sum in an order that depends on threads and on where memory lies. AdamW then moves a parameter whose gradient is
@@ -143,12 +143,74 @@ def test_guided_steps_learn_the_times_that_the_sampler_visits(vae_folder: Path, 
     trainer = train_flux.FluxTrainer(config)
     draw = torch.Generator().manual_seed(0)
     times = torch.cat([trainer.times(6, 20, draw) for _ in range(50)])
-    visited = FlowMatchEulerDiscreteScheduler(shift=train_flux.SHIFT)
+    visited = FlowMatchEulerDiscreteScheduler(shift=guiding.SHIFT)
     visited.set_timesteps(1000)
     wanted = visited.sigmas[:-1].sort().values
     torch.testing.assert_close(times.sort().values, wanted, atol=0.03, rtol=0)  # 1,000 draws
     before = torch.cat([trainer.times(5, 20, draw) for _ in range(50)])
     assert (before.sort().values - wanted).abs().max() > 0.05
+
+
+def drawing_of(count: int, passed: int, seed: int) -> guiding.Drawing:
+    """Random pictures that have `passed` sampler steps behind them."""
+    draw = torch.Generator().manual_seed(seed)
+    clean, noise = torch.randn((2, count, 4, 4, 4), generator=draw)
+    times = guiding.sampler_times(guiding.STEPS)[passed].repeat(count)
+    words = [f"{seed} {i}" for i in range(count)]
+    return guiding.Drawing(training.Batch(clean, noise, times, words, [], 0))
+
+
+def curved(mixed: torch.Tensor, words: list[str], times: torch.Tensor) -> torch.Tensor:
+    """A velocity that depends on the picture, the words and the time."""
+    return torch.tensor([len(w) for w in words]).view(-1, 1, 1, 1) * times.view(-1, 1, 1, 1) - 0.5 * mixed
+
+
+def test_pictures_in_the_making_go_the_way_of_the_sampler() -> None:
+    stock = FlowMatchEulerDiscreteScheduler(shift=guiding.SHIFT)
+    stock.set_timesteps(guiding.STEPS, sigmas=np.linspace(1, 1 / guiding.STEPS, guiding.STEPS))  # as FluxPipeline does
+    torch.testing.assert_close(guiding.sampler_times(guiding.STEPS), stock.sigmas)
+
+    drawing = drawing_of(2, passed=0, seed=1)
+    mixed = drawing.mixed
+    for t in stock.timesteps:
+        torch.testing.assert_close(drawing.stops()[0], t.repeat(2) / 1000)
+        velocity = curved(mixed, drawing.words, t.repeat(2) / 1000)
+        mixed = stock.step(velocity, t, mixed).prev_sample
+        drawing.move(curved(drawing.mixed, drawing.words, drawing.stops()[0]))
+    torch.testing.assert_close(drawing.mixed, mixed, atol=1e-5, rtol=0)  # the scheduler works in fp32
+
+
+def test_finished_pictures_make_room_for_new_ones() -> None:
+    drawing = drawing_of(2, passed=guiding.STEPS - 1, seed=1)
+    drawing.passed[1] = 3
+    drawing.move(torch.ones(2, 4, 4, 4))
+    kept = drawing.mixed[1].clone()
+    clean, noise = torch.zeros(2, 2, 4, 4, 4)
+    drawing.renew(training.Batch(clean, noise + 7, torch.rand(2), ["new", "unused"], [], 1))
+    assert drawing.passed.tolist() == [0, 4] and drawing.words == ["new", "1 1"]
+    assert (drawing.mixed[0] == 7).all() and torch.equal(drawing.mixed[1], kept)
+    assert drawing.stops()[0][0] == 1
+
+
+def test_the_first_pictures_stand_at_the_sampler_step_next_to_their_time() -> None:
+    stops = guiding.sampler_times(guiding.STEPS)
+    times = torch.tensor([1 - 1e-6, stops[3], stops[3] - 1e-4, stops[9] - 0.1])
+    clean, noise = torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2)
+    drawing = guiding.Drawing(training.Batch(clean, noise, times, [""] * 4, [], 0))
+    assert drawing.passed.tolist() == [0, 3, 3, 9]
+    torch.testing.assert_close(drawing.mixed[:, 0, 0, 0], stops[[0, 3, 3, 9]])
+
+
+def test_the_guided_target_is_two_short_steps_of_a_guided_sampler() -> None:
+    drawing, guidance = drawing_of(2, passed=4, seed=2), 3.0
+    stock = FlowMatchEulerDiscreteScheduler(shift=guiding.SHIFT)
+    stock.set_timesteps(2 * guiding.STEPS, sigmas=np.linspace(1, 0.5 / guiding.STEPS, 2 * guiding.STEPS))
+    mixed = drawing.mixed
+    for t in stock.timesteps[8:10]:
+        without, asked = (curved(mixed, words, t.repeat(2) / 1000) for words in (["", ""], drawing.words))
+        mixed = stock.step(without + guidance * (asked - without), t, mixed).prev_sample
+    drawing.move(guiding.guided_mean(drawing, curved, guidance))
+    torch.testing.assert_close(drawing.mixed, mixed, atol=1e-5, rtol=0)
 
 
 def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
@@ -159,7 +221,7 @@ def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
     )
     trainer = train_flux.FluxTrainer(config)
     stages = [trainer.stage(step) for step in range(1000)]
-    assert 150 < stages.count("large") < 250 and stages.count("scenes") == 1000 - stages.count("large")
+    assert 240 < stages.count("large") < 360 and stages.count("scenes") == 1000 - stages.count("large")
     scenes, latents = trainer.pool("large")
     assert len(scenes) == len(latents) <= 2 and latents.shape[-2:] == (64, 64)
 

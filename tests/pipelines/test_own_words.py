@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 
+from reattend.attn_processors import Place
 from reattend.pipelines import Panel, Script, Subject, story
-from reattend.pipelines.own_words import check_captions, encoded, own_caption
+from reattend.pipelines.own_words import check_captions, encoded, own_caption, panel_prompt
 
 CAT, DOG = (
     Subject(name="Tom", phrase="cat", looks="orange cat"),
@@ -43,6 +44,35 @@ def test_only_the_subject_itself_is_described(caption, who, own):
     subjects = {one.name: one for one in (CAT, DOG, ANOTHER, lady)} | {who.name: who}
     script = Script(subjects=tuple(subjects.values()), panels=(Panel(prompt=caption),))
     assert own_caption(script, 0, who) == own
+
+
+@pytest.mark.parametrize(
+    ("caption", "placed", "told"),
+    [
+        ("a dog and a cat on sea", (), "a dog in a red hat and an orange cat on sea"),
+        ("a dog and a cat on sea", ("Tom",), "a dog in a red hat and a cat on sea"),
+        ("a dog and a cat on sea", ("Tom", "Rex"), "a dog and a cat on sea"),
+        ("a cat and a cat", ("Rex",), "an orange cat and a blue cat"),
+        ("a cat", ("Rex",), "blue cat, an orange cat"),  # one word for two
+        ("a boat", ("Tim", "Rex"), "orange cat, a boat"),
+    ],
+)
+def test_those_without_a_place_are_told_to_the_whole_panel(sd, caption, placed, told):
+    there = (CAT, DOG) if "dog" in caption else (CAT, DOG, ANOTHER)
+    script = Script(subjects=there, panels=(Panel(prompt=caption, places={one.name: None for one in there}),))
+    assert panel_prompt(sd, script, 0, [Place(subject=name) for name in placed]) == told
+    plain = replace(script, subjects=tuple(replace(one, looks="", prompt="a cat") for one in there))
+    assert panel_prompt(sd, plain, 0, []) == caption
+
+
+def test_a_subject_that_nobody_found_is_drawn_as_it_looks(sd):
+    script = Script(subjects=(CAT,), panels=(Panel(prompt="a cat on sea", seed=3, places={"Tom": None}),), steps=2)
+    made = story(script, pipe=sd, find=lambda picture, phrases: [None])
+    told = Panel(prompt="an orange cat on sea", seed=3, places={})
+    stock = story(Script(subjects=(Subject(name="-"),), panels=(told,), steps=2), pipe=sd)
+    assert np.array_equal(made.panels[0], stock.panels[0])
+    untold = story(replace(script, consistency={"text_mix": 0}), pipe=sd, find=lambda picture, phrases: [None])
+    assert not np.array_equal(untold.panels[0], stock.panels[0])
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
