@@ -10,8 +10,6 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
-from ..pipelines.events import CancelToken
+from ..pipelines.events import CancelToken, stoppable
 from ..pipelines.files import check_writable, hold
 from .batches import Batches, learning_rate
 from .config import DistillConfig
@@ -92,7 +90,8 @@ def distill(
             for part in pipe.components.values():
                 if isinstance(part, torch.nn.Module) and part is not denoising_of(pipe).model:
                     part.to("cpu")
-        with _stoppable(cancel or CancelToken()) as stop:
+        stop = cancel or CancelToken()
+        with stoppable(stop, lambda: log.warning("stopping after this step")):
             run = Run(config, pipe, samples, ranks)
             try:
                 return run.train(on_step, stop)
@@ -310,25 +309,3 @@ def _check_type(pipe: Any, config: DistillConfig, ranks: Ranks) -> None:
         raise ValueError(f"the pipeline is in {dtype}, the run computes in {config.precision}; load it in that dtype")
     if config.precision == "float16" and ranks.device.type != "cuda":
         raise ValueError(f"float16 trains on CUDA only, got {ranks.device.type}; use precision bfloat16 or float32")
-
-
-@contextlib.contextmanager
-def _stoppable(token: CancelToken) -> Iterator[CancelToken]:
-    """SIGTERM and SIGINT request the token for the length of a with block; a second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield token
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def request(number: int, frame: Any) -> None:
-        log.warning("stopping after this step")
-        token.request()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield token
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,15 +6,18 @@ Progress bars, previews and Stop buttons all hang on these two; jobs know nothin
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["CancelToken", "Cancelled", "StepEvent"]
+__all__ = ["CancelToken", "Cancelled", "StepEvent", "stoppable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,3 +72,24 @@ class CancelToken:
         """Raise `Cancelled` if a stop has been asked for."""
         if self._event.is_set():
             raise Cancelled("stopped on request")
+
+
+@contextlib.contextmanager
+def stoppable(token: CancelToken, say: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C or SIGTERM requests the token and calls `say`, for the length of a with block; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if token.requested:
+            raise KeyboardInterrupt
+        token.request()
+        say()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ..pipelines.checks import attention_entry
 
 if TYPE_CHECKING:
-    from ..pipelines.events import CancelToken, StepEvent
+    from ..pipelines.events import StepEvent
 
 __all__ = [
     "FILE",
@@ -29,7 +26,6 @@ __all__ = [
     "default",
     "quiet_libraries",
     "read_size",
-    "stoppable",
 ]
 
 OUT = Path("out")
@@ -100,28 +96,6 @@ class Bar:
 
     def __exit__(self, *problem: object) -> None:
         self._bar.close()
-
-
-@contextmanager
-def stoppable(token: CancelToken, speaks: bool = True) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) asks the job to stop at a good moment, for the length of a with block; a second one stops at once."""
-
-    def ask(number: int, frame: Any) -> None:
-        if token.requested:
-            raise KeyboardInterrupt
-        token.request()
-        if speaks:
-            print("\nreattend: stopping and keeping what is done; Ctrl-C once more stops at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def quiet_libraries() -> None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,8 @@ from .options import (
     Bar,
     default,
     quiet_libraries,
-    stoppable,
 )
-from .ranks import TIMEOUT, joined
+from .ranks import TIMEOUT, Ranks, joined
 
 DEFAULT_LENGTH = Length()
 VIDEO_MODEL = "tiny-video"
@@ -97,7 +97,7 @@ class Video(Image):
 
     def run(self) -> None:
         """Make the film. Raises ValueError or TypeError for bad input, as early as possible."""
-        from ..pipelines.events import Cancelled, CancelToken
+        from ..pipelines.events import Cancelled, CancelToken, stoppable
         from ..pipelines.files import check_writable, free_path
         from ..pipelines.film import check_film_path
         from ..pipelines.sheet import save_sheet
@@ -126,7 +126,7 @@ class Video(Image):
             pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
             self._check_frames(recipe, pipe)
             try:
-                with stoppable(token, speaks=ranks.speaks), Bar(silent=not ranks.speaks) as bar:
+                with stoppable(token, partial(_keeping, ranks)), Bar(silent=not ranks.speaks) as bar:
                     film = long_video(
                         recipe, path, pipe=pipe, **self._pictures(), clip=self.clip, on_step=bar, cancel=token
                     )
@@ -219,3 +219,8 @@ def _later(words: tuple[str, ...]) -> tuple[int, str]:
             f'--then cannot read {" ".join(words)!r}: write --then FRAME PROMPT, as in --then 64 "a blue car"'
         )
     return int(words[0]), words[1]
+
+
+def _keeping(ranks: Ranks) -> None:
+    if ranks.speaks:
+        print("\nreattend: stopping and keeping what is done; Ctrl-C once more stops at once", file=sys.stderr)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..pipelines.files import written_whole
+from ..pipelines.upscaling import ROPE_THETA_SCALE
 from . import captions, world
 from .clauses import ClauseHead, word_labels
 from .guiding import SHIFT, Drawing, guided_mean
@@ -78,7 +79,7 @@ class FluxTrainer(Trainer):
     def __init__(self, config: FluxConfig):
         super().__init__(config)
         self.teacher: dict[str, nn.Module] | None = None
-        self.drawings: dict[torch.Size, Drawing] = {}  # by the shape of their latents
+        self.drawings: dict[tuple[torch.Size, float], Drawing] = {}  # by the shape of their latents and the rotary base
         self.parts["transformer"].single_transformer_blocks[0].register_forward_hook(self._keep_hidden)
         self.parts["text_encoder_2"].register_forward_hook(self._keep_text)
 
@@ -107,7 +108,8 @@ class FluxTrainer(Trainer):
         words, times, length = batch.words, batch.times, self.text_length(batch.step, LENGTH_WEIGHTS)
         mixed = batch.clean.lerp(batch.noise, times.view(-1, 1, 1, 1))
         target = batch.noise - batch.clean
-        loss = (self.velocity(self.parts, mixed, words, times, length) - target).square().mean()
+        velocity = self.velocity(self.parts, mixed, words, times, length, self.theta_scale(batch))
+        loss = (velocity - target).square().mean()
         loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, self.ids))
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
         if rows > world.LATTICE:  # its cells are the tokens of the base size
@@ -119,17 +121,28 @@ class FluxTrainer(Trainer):
         if self.teacher is None:
             self.teacher = self.frozen_teacher()
             self.ema.decay = GUIDED_EMA
-        drawing = self.drawings.setdefault(batch.clean.shape, Drawing(batch))
+        theta_scale = self.theta_scale(batch)
+        drawing = self.drawings.setdefault((batch.clean.shape, theta_scale), Drawing(batch))
         drawing.renew(batch)
-        target = guided_mean(drawing, partial(self.velocity, self.teacher), self.config.guidance)
+        teacher = partial(self.velocity, self.teacher, length=TEXT_LENGTHS[0], theta_scale=theta_scale)
+        target = guided_mean(drawing, teacher, self.config.guidance)
         length = self.text_length(batch.step, GUIDED_LENGTH_WEIGHTS)
-        velocity = self.velocity(self.parts, drawing.mixed, drawing.words, drawing.stops()[0], length)
+        velocity = self.velocity(self.parts, drawing.mixed, drawing.words, drawing.stops()[0], length, theta_scale)
         drawing.move(velocity.detach())
         return (velocity - target).square().mean()
 
     def text_length(self, step: int, weights: tuple[float, ...]) -> int:
         """Of a step's T5 tokens, the same in every process."""
         return int(np.random.default_rng((self.config.seed, step, 1)).choice(TEXT_LENGTHS, p=weights))
+
+    def theta_scale(self, batch: Batch) -> float:
+        """Of the rotary base: half of the large scenes are seen as `upscale` shows them, half as the stock pipeline does."""
+        large = batch.clean.shape[-1] > self.side // 8
+        return (
+            ROPE_THETA_SCALE
+            if large and np.random.default_rng((self.config.seed, batch.step, 4)).random() < 0.5
+            else 1.0
+        )
 
     def is_guided(self, step: int) -> bool:
         """Whether a step learns the guided velocity."""
@@ -181,12 +194,22 @@ class FluxTrainer(Trainer):
         mixed: Tensor,
         words: list[str],
         times: Tensor,
-        length: int = TEXT_LENGTHS[0],
+        length: int,
+        theta_scale: float,
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster backwards than the fused one
-            return self._velocity(parts, mixed, words, times, length).float()
+        rotary = parts["transformer"].pos_embed
+        theta = rotary.theta
+        rotary.theta = theta * theta_scale
+        try:
+            with (
+                torch.autocast("cpu", torch.bfloat16),
+                sdpa_kernel(SDPBackend.MATH),
+            ):  # faster backwards than the fused one
+                return self._velocity(parts, mixed, words, times, length).float()
+        finally:
+            rotary.theta = theta
 
     def _velocity(
         self, parts: dict[str, nn.Module], mixed: Tensor, words: list[str], times: Tensor, length: int

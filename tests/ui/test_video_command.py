@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,10 @@ import tiny
 import torch
 from PIL import Image
 
-from reattend.pipelines import CancelToken, Recipe, Video
+from reattend.pipelines import Recipe, Video
 from reattend.pipelines.checkpoint import latest, parts_folder
 from reattend.ui import video_command
 from reattend.ui.cli import main
-from reattend.ui.options import stoppable
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SHORT = [
@@ -243,24 +241,6 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_pat
     assert f"--resume {out}" in capsys.readouterr().err and latest(parts_folder(out)).step == 1
     assert main(["video", "--resume", str(out)]) == 0
     assert np.array_equal(frames_of(out), frames_of(alone)) and not parts_folder(out).exists()
-
-
-def test_a_second_ctrl_c_stops_at_once_and_signals_are_given_back(capsys):
-    before, token = signal.getsignal(signal.SIGINT), CancelToken()
-
-    def work():
-        with stoppable(token):
-            os.kill(os.getpid(), signal.SIGINT)
-            assert token.requested
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert signal.getsignal(signal.SIGINT) is before and "Ctrl-C once more" in capsys.readouterr().err
-    thread = threading.Thread(target=lambda: stoppable(token).__enter__())
-    thread.start()
-    thread.join()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 JOB = """
