@@ -18,6 +18,7 @@ from forked import forked
 
 from reattend.emoji_world import captions, guiding, muon, train_flux, train_sd, train_vae, train_video, training, world
 from reattend.pipelines import Recipe, Video, long_video
+from reattend.pipelines.upscaling import ROPE_THETA_SCALE
 
 # Kernels sum in an order that depends on threads and on where memory lies. AdamW then moves a parameter whose gradient is
 # such rounding noise by a whole step either way: twice the learning rate of a warm-up step, 2 * 4e-5.
@@ -231,6 +232,26 @@ def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
     assert all(torch.isfinite(p).all() for p in trainer.parameters)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
     assert not (tmp_path / "scenes.pt").exists()
+
+
+def test_half_of_the_large_scenes_are_seen_with_the_rotary_base_of_upscaling(vae_folder: Path, tmp_path: Path) -> None:
+    trainer = train_flux.FluxTrainer(train_flux.FluxConfig(vae=vae_folder, out=tmp_path))
+
+    def scale(side: int, step: int) -> float:
+        clean = torch.zeros(1, 4, side // 8, side // 8)
+        return trainer.theta_scale(training.Batch(clean, clean, torch.zeros(1), [""], [], step))
+
+    assert {scale(trainer.side, step) for step in range(100)} == {1.0}
+    large = [scale(2 * trainer.side, step) for step in range(1000)]
+    assert 430 < large.count(1.0) < 570 and large.count(ROPE_THETA_SCALE) == 1000 - large.count(1.0)
+
+    rotary, seen = trainer.parts["transformer"].pos_embed, []
+    before = rotary.theta
+    rotary.register_forward_hook(lambda module, *_: seen.append(module.theta))
+    mixed = torch.randn(1, trainer.vae.config.latent_channels, 32, 32)
+    answers = [trainer.velocity(trainer.parts, mixed, ["a"], torch.ones(1), 24, factor) for factor in (1.0, 10.0)]
+    assert seen == [before, 10 * before] and rotary.theta == before
+    assert not torch.equal(*answers)
 
 
 def test_too_small_batches_for_all_processes_are_refused(vae_folder: Path, tmp_path: Path) -> None:
