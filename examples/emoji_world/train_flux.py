@@ -41,6 +41,7 @@ LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
 GUIDED_LENGTH_WEIGHTS = (0.5, 0.2, 0.3)  # in the guided steps
 LAYOUT = 0.1  # weight of telling what is where
 CLAUSES = 0.1  # weight of telling what the caption says of a word
+MOST_NOISE = 0.9  # in large scenes: upscaling begins with a picture
 CAPTIONS = 64  # per step before the first picture
 GUIDED_EMA = 0.99  # decay of the averaged weights in the guided steps: they must leave those of before behind
 
@@ -74,12 +75,12 @@ class FluxTrainer(Trainer):
 
     side = 256
     lean = 1.0  # what goes wrong is which sprites there are, and that is decided early
-    large = 0.3  # upscaling draws sprites of twice as many tokens
+    large = 0.4  # upscaling draws sprites of twice as many tokens
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)
         self.teacher: dict[str, nn.Module] | None = None
-        self.drawings: dict[tuple[torch.Size, float], Drawing] = {}  # by the shape of their latents and the rotary base
+        self.drawing: Drawing | None = None
         self.parts["transformer"].single_transformer_blocks[0].register_forward_hook(self._keep_hidden)
         self.parts["text_encoder_2"].register_forward_hook(self._keep_text)
 
@@ -121,14 +122,15 @@ class FluxTrainer(Trainer):
         if self.teacher is None:
             self.teacher = self.frozen_teacher()
             self.ema.decay = GUIDED_EMA
-        theta_scale = self.theta_scale(batch)
-        drawing = self.drawings.setdefault((batch.clean.shape, theta_scale), Drawing(batch))
-        drawing.renew(batch)
-        teacher = partial(self.velocity, self.teacher, length=TEXT_LENGTHS[0], theta_scale=theta_scale)
-        target = guided_mean(drawing, teacher, self.config.guidance)
+        if self.drawing is None:
+            self.drawing = Drawing(batch)
+        self.drawing.renew(batch)
+        mixed, words, times = self.drawing.mixed, self.drawing.words, self.drawing.stops()[0]
+        teacher = partial(self.velocity, self.teacher, length=TEXT_LENGTHS[0])
+        target = guided_mean(self.drawing, teacher, self.config.guidance)
         length = self.text_length(batch.step, GUIDED_LENGTH_WEIGHTS)
-        velocity = self.velocity(self.parts, drawing.mixed, drawing.words, drawing.stops()[0], length, theta_scale)
-        drawing.move(velocity.detach())
+        velocity = self.velocity(self.parts, mixed, words, times, length)
+        self.drawing.move(velocity.detach())
         return (velocity - target).square().mean()
 
     def text_length(self, step: int, weights: tuple[float, ...]) -> int:
@@ -137,19 +139,18 @@ class FluxTrainer(Trainer):
 
     def theta_scale(self, batch: Batch) -> float:
         """Of the rotary base: half of the large scenes are seen as `upscale` shows them, half as the stock pipeline does."""
-        large = batch.clean.shape[-1] > self.side // 8
-        return (
-            ROPE_THETA_SCALE
-            if large and np.random.default_rng((self.config.seed, batch.step, 4)).random() < 0.5
-            else 1.0
-        )
+        if batch.clean.shape[-1] <= self.side // 8:
+            return 1.0
+        return ROPE_THETA_SCALE if np.random.default_rng((self.config.seed, batch.step, 4)).random() < 0.5 else 1.0
 
     def is_guided(self, step: int) -> bool:
-        """Whether a step learns the guided velocity."""
-        return step >= self.config.steps - self.config.guided_steps
+        """Whether a step learns the guided velocity: of the last ones those on scenes of the base size."""
+        return step >= self.config.steps - self.config.guided_steps and self.stage(step) != "large"
 
     def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
-        """In the guided steps those the sampler visits, as often as it does."""
+        """In the guided steps those the sampler visits, as often as it does; of large scenes those that `upscale` visits."""
+        if self.stage(step) == "large":
+            return MOST_NOISE * stratified(count, generator)
         if not self.is_guided(step):
             return super().times(step, count, generator)
         even = stratified(count, generator)
@@ -195,7 +196,7 @@ class FluxTrainer(Trainer):
         words: list[str],
         times: Tensor,
         length: int,
-        theta_scale: float,
+        theta_scale: float = 1.0,
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
