@@ -17,13 +17,16 @@ from .training import Batch
 
 __all__ = ["SHIFT", "STEPS", "Drawing", "guided_mean", "sampler_times"]
 
-STEPS = 10  # of the sampler on whose path the model learns; it is as good with more of them
+STEPS = (10, 20)  # of the samplers on whose paths the model learns
 SHIFT = 3.0  # of the sampler's steps towards the noisy side (Esser et al. 2024, section 5.3.2)
+GUIDED_ABOVE = 0.7  # times of the guidance: less noisy pictures gain nothing by it (Kynkaanniemi et al. 2024)
+
+Velocity = Callable[[Tensor, list[str], Tensor], Tensor]
 
 
-def sampler_times(steps: int) -> Tensor:
-    """Where FluxPipeline's scheduler stands before, between and after its steps, (steps + 1,) from 1, all noise, to 0."""
-    even = torch.linspace(1, 0, steps + 1)
+def sampler_times(way: Tensor) -> Tensor:
+    """Where FluxPipeline's scheduler stands after a part of its steps, `way` from 0 to 1: from 1, all noise, to 0."""
+    even = 1 - way
     return SHIFT * even / (1 + (SHIFT - 1) * even)
 
 
@@ -33,17 +36,17 @@ class Drawing:
     The first batch are noised pictures of the world, each at the sampler step next to its time; from then on all is drawn.
     """
 
-    times = sampler_times(2 * STEPS)  # a step has a stop half-way, see `guided_mean`
-
     def __init__(self, batch: Batch):
-        begun = batch.times.view(-1, 1) <= self.times[:-1:2]
-        self.passed = begun.sum(1) - 1  # sampler steps done
+        self.steps = torch.full((len(batch.words),), STEPS[0])  # of each picture
+        stops = sampler_times(torch.arange(STEPS[0]) / STEPS[0])
+        self.passed = (batch.times.view(-1, 1) <= stops).sum(1) - 1  # steps done
         self.words = list(batch.words)
         self.mixed = batch.clean.lerp(batch.noise, self.stops()[0].view(-1, 1, 1, 1))
 
     def stops(self) -> tuple[Tensor, Tensor, Tensor]:
         """Beginning, middle and end of the step that each picture is about to take, (B,) each."""
-        return self.times[2 * self.passed], self.times[2 * self.passed + 1], self.times[2 * self.passed + 2]
+        start, middle, end = (sampler_times((self.passed + part) / self.steps) for part in (0.0, 0.5, 1.0))
+        return start, middle, end
 
     def move(self, velocity: Tensor) -> None:
         """One sampler step along `velocity`, (B, C, H, W)."""
@@ -53,20 +56,25 @@ class Drawing:
 
     def renew(self, batch: Batch) -> None:
         """Begin anew, with the noise and the words of `batch`, where a picture is finished."""
-        for i in (self.passed == STEPS).nonzero().flatten().tolist():
+        for i in (self.passed == self.steps).nonzero().flatten().tolist():
             self.mixed[i], self.words[i], self.passed[i] = batch.noise[i], batch.words[i], 0
+            self.steps[i] = STEPS[batch.step % len(STEPS)]
 
 
 @torch.no_grad()
-def guided_mean(drawing: Drawing, velocity: Callable[[Tensor, list[str], Tensor], Tensor], guidance: float) -> Tensor:
+def guided_mean(drawing: Drawing, velocity: Velocity, guidance: float) -> Tensor:
     """The mean guided velocity over each picture's next step, (B, C, H, W), from two steps of half the length.
 
     So the model, with one call a step, goes where its teacher goes with four.
     """
 
     def guided(mixed: Tensor, times: Tensor) -> Tensor:
-        without = velocity(mixed, [""] * len(drawing.words), times)
-        return without.lerp(velocity(mixed, drawing.words, times), guidance)
+        asked = velocity(mixed, drawing.words, times)
+        early = (times > GUIDED_ABOVE).nonzero().flatten()
+        if len(early):
+            without = velocity(mixed[early], [""] * len(early), times[early])
+            asked[early] = without.lerp(asked[early], guidance)
+        return asked
 
     start, middle, end = (stop.view(-1, 1, 1, 1) for stop in drawing.stops())
     first = guided(drawing.mixed, start.flatten())

@@ -82,6 +82,7 @@ class Trainer:
 
     side: int  # of a scene, in pixels
     lean = 0.5  # to the noisy side, see `sample_times`
+    crowds = False  # whether scenes are drawn as often as they have sprites; else all alike
     large = 0.0  # share of the steps after the close-ups that see scenes of twice the side
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
 
@@ -184,6 +185,13 @@ class Trainer:
             return "close-ups"
         return "large" if np.random.default_rng((self.config.seed, step, 2)).random() < self.large else "scenes"
 
+    def choose(self, scenes: list[world.Scene], count: int, rng: np.random.Generator) -> np.ndarray:
+        """Which scenes of a pool a step learns from, (count,)."""
+        if not self.crowds:
+            return rng.integers(len(scenes), size=count)
+        sprites = np.cumsum([len(scene.sprites) for scene in scenes])
+        return np.searchsorted(sprites, rng.integers(sprites[-1], size=count), side="right")
+
     def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
         """The times of a step's batch, (count,) in [0, 1)."""
         return sample_times(count, generator, self.lean)
@@ -211,7 +219,7 @@ class Trainer:
             count = max(1, round(config.batch / COSTS[stage]))
             if count < ranks:
                 raise ValueError(f"{ranks} processes need a larger --batch: {stage} come {count} at a time")
-            chosen = rng.integers(len(scenes), size=count)
+            chosen = self.choose(scenes, count, rng)
             words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
             clean = latents[chosen].float()
             noise = torch.randn(clean.shape, generator=generator)
