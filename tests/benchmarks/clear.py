@@ -29,7 +29,7 @@ from ..attn_processors.ops.pool import Pool
 from ..pipelines.load import bundled, load
 from .clear_table import short_table, table
 from .frame import Conditions, Found, goal, run_benchmark
-from .measure import Run, measured
+from .measure import Run, measured, timed
 from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "short_table", "show", "table"]
@@ -146,15 +146,17 @@ def show(file: Path) -> str:
 
 
 def time_arm(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> Run | None:
-    """One run of an arm, after one that is not counted the first time; None, and why in `case.dropped`, if it cannot."""
+    """One run of an arm, which is weighed the first time, in a run before; None, and why in `case.dropped`, if it cannot."""
     if arm in case.dropped:
         return None
     try:
         make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
         work = make(case, arm, device, dtype)
-        if arm not in case.runs and arm.kind != DENSE:
-            measured(work, device)  # compiles, fills caches
-        return measured(work, device)
+        new = arm not in case.runs
+        if new and arm.kind != DENSE:
+            timed(work, device)  # compiles, fills caches
+        peak = measured(work, device).peak_mib if new else None
+        return Run(timed(work, device), peak)
     except torch.cuda.OutOfMemoryError:
         case.dropped[arm] = "out of memory"
     except Exception as problem:

@@ -3,6 +3,9 @@
 Peak memory is what a run needs on top of what was in use when it began. On CUDA the allocator tells it. On Linux it is
 the growth of the resident set: the kernel's high-water mark (VmHWM) is reset before the run, after free heap pages went
 back. Elsewhere there is no such number, and it is None rather than a guess.
+
+Pages that went back must be fetched again, which work that repeats does not do: where that takes a share of the time, a run
+is weighed once (`measured`), and others are timed (`timed`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Run", "measured", "surroundings"]
+__all__ = ["Run", "measured", "surroundings", "timed"]
 
 PACKAGES = ("reattend", "torch", "diffusers", "tomesd")
 
@@ -40,14 +43,22 @@ def measured(work: Callable[[], Any], device: torch.device) -> Run:
         before: float | None = torch.cuda.memory_allocated(device)
     else:
         before = _reset_resident_peak()
+    seconds = timed(work, device)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else _status("VmHWM")
+    return Run(seconds, None if before is None or peak is None else max(0.0, peak - before) / 2**20)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run of `work`, without gradients."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
         work()
     if cuda:
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if cuda else _status("VmHWM")
-    return Run(seconds, None if before is None or peak is None else max(0.0, peak - before) / 2**20)
+    return time.perf_counter() - start
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..attn_processors import IsolationRepositionAttnProcessor, Place, installed
 from ..pipelines.stories import USUAL, USUAL_UNET
 from .agent import LATENT_FACTOR, SD15, TINY, TOKENS_OF_TEXT, random_unet
 from .frame import Conditions, Found, arms_grid, goal, page, run_benchmark
-from .measure import Run, measured
+from .measure import Run, measured, timed
 from .rounds import Timed, repeat, untimed
 
 __all__ = ["run", "table"]
@@ -104,11 +104,11 @@ class Bench:
             yield
 
     def time(self, case: Case, arm: str) -> Run:
-        """One run of an arm, after a call that is not timed."""
+        """One run of an arm, after a call that is weighed."""
         with self.applied(arm):
             step = self.step(case, arm)
-            measured(partial(step, 800.0), self.device)  # finds who is where, once for all steps
-            return measured(partial(step, 600.0), self.device)
+            peak = measured(partial(step, 800.0), self.device).peak_mib  # finds who is where, once for all steps
+            return Run(timed(partial(step, 600.0), self.device), peak)
 
     def step(self, case: Case, arm: str) -> Callable[[float], Any]:
         """A call of the UNet at a timestep."""
