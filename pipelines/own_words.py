@@ -56,7 +56,7 @@ def _told(script: Script, number: int, subjects: Sequence[Subject]) -> str:
     before = ""
     for subject in subjects:
         one = _mention(script, panel, subject)
-        if one is None or any(one.start() == start for start, *_ in spans):
+        if one is None or any(one.start() < end and start < one.end() for start, end, _ in spans):
             before += f"{subject.looks}, "
         else:
             spans.append((*one.span(), _with_article(one.group("article"), subject.looks)))

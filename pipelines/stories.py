@@ -129,7 +129,7 @@ class _Job:
             check_captions(self.pipe, self.script, [number for group in groups for number in group])
         if self.find is None:
             for number in (number for group in groups for number in group):
-                panel_places(self.pipe, self.script, number)
+                self._prompt(number, panel_places(self.pipe, self.script, number)[0])
 
     def make(self, group: range, made: Story) -> None:
         """The panels of one call, into `made`."""
@@ -138,10 +138,7 @@ class _Job:
         panels, shown = [], []
         for number in group:
             places, lost = panel_places(self.pipe, self.script, number)
-            told = bool(self.settings["text_mix"])
-            shown.append(
-                panel_prompt(self.pipe, self.script, number, places) if told else self.script.panels[number].prompt
-            )
+            shown.append(self._prompt(number, places))
             panels.append(captioned_places(self.script, number, places))
             made.report += lost
         names = [name for name in _names(self.script) if any(place.subject == name for row in panels for place in row)]
@@ -184,6 +181,11 @@ class _Job:
             made.report += [line for context in contexts for line in method.cast(context).told()]
         made.references |= dict(zip(names, pictures[: len(rows)], strict=False))
         made.panels |= dict(zip(group, pictures[method.rows_in_front :], strict=True))
+
+    def _prompt(self, number: int, places: Sequence[Place]) -> str:
+        """What a panel as a whole reads."""
+        told = self.settings["text_mix"]
+        return panel_prompt(self.pipe, self.script, number, places) if told else self.script.panels[number].prompt
 
     def _reference(self, subject: Subject) -> Place:
         """Where a subject is in the picture of its row."""

@@ -33,7 +33,7 @@ from .picture import Picture
 from .recipe import Recipe
 from .stages import Size, Upscale, fitting, stage_sizes
 
-__all__ = ["upscale"]
+__all__ = ["ROPE_THETA_SCALE", "rotary_base", "upscale"]
 
 ROPE_THETA_SCALE = 10.0  # CLEAR (arXiv 2412.16112) uses it from twice the size of training on
 
@@ -89,7 +89,7 @@ def upscale(
     pictures = [picture]
     for stage, size in enumerate(sizes, start=1):
         cancel.check()
-        with _rotary_base(refine, _theta_scale(growth, size, pipe)), _tiled(refine.vae, max(size) >= growth.tile_from):
+        with rotary_base(refine, _theta_scale(growth, size, pipe)), _tiled(refine.vae, max(size) >= growth.tile_from):
             picture = stock_call(
                 refine,
                 replace(later, width=size[0], height=size[1]),
@@ -196,9 +196,9 @@ def _check_later(growth: Upscale, later: Recipe, refine: Any) -> None:
         pass
 
 
-def _rotary(pipe: Any) -> list[Any]:
-    """The position embeddings with a rotary base in the pipeline's denoisers."""
-    embeddings = (getattr(model, "pos_embed", None) for model in denoisers(pipe))
+def _rotary(target: Any) -> list[Any]:
+    """The position embeddings with a rotary base in the denoisers."""
+    embeddings = (getattr(model, "pos_embed", None) for model in denoisers(target))
     return [embedding for embedding in embeddings if hasattr(embedding, "theta")]
 
 
@@ -210,9 +210,9 @@ def _theta_scale(growth: Upscale, size: Size, pipe: Any) -> float:
 
 
 @contextlib.contextmanager
-def _rotary_base(pipe: Any, scale: float) -> Iterator[None]:
-    """Multiply the rotary base, where there is one, for the length of a with block."""
-    before = [(embedding, embedding.theta) for embedding in _rotary(pipe)]
+def rotary_base(target: Any, scale: float) -> Iterator[None]:
+    """Multiply the rotary base of a pipeline or model, where there is one, for the length of a with block."""
+    before = [(embedding, embedding.theta) for embedding in _rotary(target)]
     try:
         if scale != 1:
             for embedding, theta in before:

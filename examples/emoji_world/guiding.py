@@ -1,9 +1,9 @@
 """How tiny-flux learns guidance by heart: on the pictures that it is about to draw, at the steps of the sampler.
 
 A model that follows the guided velocity, v(empty) + guidance * (v(caption) - v(empty)), needs one call per step instead of
-two (Meng et al. 2023). Noised pictures of the world are the wrong place to learn it: a guided sampler does not visit them,
-its pictures are further from the mean. So the model learns on its own path, as in on-policy distillation (Ross et al. 2011,
-DAgger): every training step takes a batch of pictures in the making, learns there, and moves each one sampler step on.
+two (Meng et al. 2023). What a guided sampler passes through is not a noised picture of the world. So the model learns on
+its own path, as in on-policy distillation (Ross et al. 2011, DAgger): every training step takes a batch of pictures in the
+making, learns there, and moves each one sampler step on.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..pipelines.files import written_whole
-from ..pipelines.upscaling import ROPE_THETA_SCALE
+from ..pipelines.upscaling import ROPE_THETA_SCALE, rotary_base
 from . import captions, world
 from .clauses import ClauseHead, word_labels
-from .guiding import SHIFT, Drawing, guided_mean
+from .guiding import SHIFT, Drawing, guided_mean, sampler_times
 from .layout import LayoutHead
 from .training import Batch, Trainer, TrainingConfig, start_processes, stratified
 
@@ -51,7 +51,7 @@ class FluxConfig(TrainingConfig):
     """Training of tiny-flux."""
 
     out: Path = Path("runs/flux")
-    guided_steps: int = 2000  # how many of the last steps learn the guided velocity
+    guided_steps: int = 2000  # how many of the last steps learn the guided velocity, where their scenes are not large
     guidance: float = 4.5  # that they learn
     text_steps: int = 1000  # of T5 on captions alone, before the first of `steps`
 
@@ -123,8 +123,8 @@ class FluxTrainer(Trainer):
         if self.teacher is None:
             self.teacher = self.frozen_teacher()
             self.ema.decay = GUIDED_EMA
-        if self.drawing is None:
             self.drawing = Drawing(batch)
+        assert self.drawing is not None
         self.drawing.renew(batch)
         mixed, words, times = self.drawing.mixed, self.drawing.words, self.drawing.stops()[0]
         teacher = partial(self.velocity, self.teacher, length=TEXT_LENGTHS[0])
@@ -149,13 +149,12 @@ class FluxTrainer(Trainer):
         return step >= self.config.steps - self.config.guided_steps and self.stage(step) != "large"
 
     def times(self, step: int, count: int, generator: torch.Generator) -> Tensor:
-        """In the guided steps those the sampler visits, as often as it does; of large scenes those that `upscale` visits."""
+        """Of large scenes those that `upscale` visits; in the guided steps the sampler's, where the first drawings begin."""
         if self.stage(step) == "large":
             return MOST_NOISE * stratified(count, generator)
         if not self.is_guided(step):
             return super().times(step, count, generator)
-        even = stratified(count, generator)
-        return (SHIFT * even / (1 + (SHIFT - 1) * even)).clamp(max=1 - 1e-6)
+        return sampler_times(stratified(count, generator))
 
     def train(self) -> None:
         if self.done == 0:
@@ -201,17 +200,9 @@ class FluxTrainer(Trainer):
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        rotary = parts["transformer"].pos_embed
-        theta = rotary.theta
-        rotary.theta = theta * theta_scale
-        try:
-            with (
-                torch.autocast("cpu", torch.bfloat16),
-                sdpa_kernel(SDPBackend.MATH),
-            ):  # faster backwards than the fused one
-                return self._velocity(parts, mixed, words, times, length).float()
-        finally:
-            rotary.theta = theta
+        math = sdpa_kernel(SDPBackend.MATH)  # faster backwards than the fused one
+        with rotary_base(parts["transformer"], theta_scale), torch.autocast("cpu", torch.bfloat16), math:
+            return self._velocity(parts, mixed, words, times, length).float()
 
     def _velocity(
         self, parts: dict[str, nn.Module], mixed: Tensor, words: list[str], times: Tensor, length: int

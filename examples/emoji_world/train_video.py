@@ -37,7 +37,7 @@ from .training import Batch, Trainer, TrainingConfig, encode, start_processes
 __all__ = ["VideoConfig", "VideoTrainer", "moving", "write_adapter"]
 
 TRIES = 60  # to find motions that keep sprites apart; in the later half some of them rest
-PACES = (2, 3, 4)  # frames per lattice step
+PACES = (1, 2, 3)  # frames per lattice step
 
 
 @dataclass(frozen=True, kw_only=True)

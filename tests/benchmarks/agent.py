@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..attn_processors import AgentAttnProcessor, installed
 from ..attn_processors.context import context_of
 from .frame import Conditions, Found, arms_grid, goal, page, run_benchmark
-from .measure import Run, measured
-from .rounds import Timed, repeat, untimed
+from .measure import Run
+from .rounds import Timed, one_run, repeat, untimed
 
 __all__ = ["run", "table"]
 
@@ -108,7 +108,7 @@ class Bench:
     def time(self, case: Case, arm: str) -> Run:
         """One run of an arm."""
         with self.applied(arm):
-            return measured(self.work(case, arm), self.device)
+            return one_run(case, arm, self.work(case, arm), self.device)
 
     def average(self, case: Case) -> None:
         """Add the arm that weighs the phases of each round by the part of the steps they cover."""

@@ -29,8 +29,8 @@ from ..attn_processors.ops.pool import Pool
 from ..pipelines.load import bundled, load
 from .clear_table import short_table, table
 from .frame import Conditions, Found, goal, run_benchmark
-from .measure import Run, measured, timed
-from .rounds import Timed, repeat, untimed
+from .measure import Run, timed
+from .rounds import Timed, one_run, repeat, untimed
 
 __all__ = ["run", "short_table", "show", "table"]
 
@@ -152,11 +152,9 @@ def time_arm(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> 
     try:
         make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
         work = make(case, arm, device, dtype)
-        new = arm not in case.runs
-        if new and arm.kind != DENSE:
+        if arm not in case.runs and arm.kind != DENSE:
             timed(work, device)  # compiles, fills caches
-        peak = measured(work, device).peak_mib if new else None
-        return Run(timed(work, device), peak)
+        return one_run(case, arm, work, device)
     except torch.cuda.OutOfMemoryError:
         case.dropped[arm] = "out of memory"
     except Exception as problem:

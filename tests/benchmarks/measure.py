@@ -38,7 +38,6 @@ def measured(work: Callable[[], Any], device: torch.device) -> Run:
     """Run `work` once, without gradients."""
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before: float | None = torch.cuda.memory_allocated(device)
     else:

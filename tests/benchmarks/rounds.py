@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, ClassVar, TypeVar
 
-from .frame import Conditions
-from .measure import Run
+import torch
 
-__all__ = ["Timed", "one_round", "repeat", "untimed"]
+from .frame import Conditions
+from .measure import Run, measured, timed
+
+__all__ = ["Timed", "one_round", "one_run", "repeat", "untimed"]
 
 ROUNDS_IF_SLOW = 3
 
@@ -82,6 +84,12 @@ def one_round(case: AnyCase, time_one: Callable[[AnyCase, Any], Run | None]) -> 
         if (run := time_one(case, arm)) is not None:
             case.runs.setdefault(arm, []).append(run)
     case.round_seconds = time.monotonic() - start
+
+
+def one_run(case: Timed, arm: Any, work: Callable[[], Any], device: torch.device) -> Run:
+    """A timed run of an arm; before the first one it is run to be weighed."""
+    peak = None if arm in case.runs else measured(work, device).peak_mib
+    return Run(timed(work, device), peak)
 
 
 def untimed(cases: Sequence[Timed]) -> dict[str, str]:

@@ -165,92 +165,20 @@ def test_guided_steps_learn_the_times_that_the_sampler_visits(
     assert (before.sort().values - wanted).abs().max() > 0.05
 
 
-def drawing_of(count: int, passed: int, seed: int) -> guiding.Drawing:
-    """Random pictures that have `passed` of ten sampler steps behind them."""
-    draw = torch.Generator().manual_seed(seed)
-    clean, noise = torch.randn((2, count, 4, 4, 4), generator=draw)
-    times = guiding.sampler_times(torch.tensor(passed / 10)).repeat(count)
-    words = [f"{seed} {i}" for i in range(count)]
-    return guiding.Drawing(training.Batch(clean, noise, times, words, [], 0))
-
-
-def curved(mixed: torch.Tensor, words: list[str], times: torch.Tensor) -> torch.Tensor:
-    """A velocity that depends on the picture, the words and the time."""
-    return torch.tensor([len(w) for w in words]).view(-1, 1, 1, 1) * times.view(-1, 1, 1, 1) - 0.5 * mixed
-
-
-def sampler(steps: int) -> FlowMatchEulerDiscreteScheduler:
-    """As FluxPipeline sets it."""
-    stock = FlowMatchEulerDiscreteScheduler(shift=guiding.SHIFT)
-    stock.set_timesteps(steps, sigmas=np.linspace(1, 1 / steps, steps))
-    return stock
-
-
-@pytest.mark.parametrize("steps", guiding.STEPS)
-def test_pictures_in_the_making_go_the_way_of_the_sampler(steps: int) -> None:
-    stock, drawing = sampler(steps), drawing_of(2, passed=0, seed=1)
-    drawing.steps[:] = steps
-    mixed = drawing.mixed
-    for t in stock.timesteps:
-        torch.testing.assert_close(drawing.stops()[0], t.repeat(2) / 1000)
-        velocity = curved(mixed, drawing.words, t.repeat(2) / 1000)
-        mixed = stock.step(velocity, t, mixed).prev_sample
-        drawing.move(curved(drawing.mixed, drawing.words, drawing.stops()[0]))
-    torch.testing.assert_close(drawing.mixed, mixed, atol=1e-5, rtol=0)  # rounding of ten or twenty steps in fp32
-
-
-def test_finished_pictures_make_room_for_new_ones() -> None:
-    drawing = drawing_of(2, passed=9, seed=1)
-    drawing.passed[1] = 3
-    drawing.move(torch.ones(2, 4, 4, 4))
-    kept = drawing.mixed[1].clone()
-    clean, noise = torch.zeros(2, 2, 4, 4, 4)
-    drawing.renew(training.Batch(clean, noise + 7, torch.rand(2), ["new", "unused"], [], 1))
-    assert drawing.passed.tolist() == [0, 4] and drawing.words == ["new", "1 1"]
-    assert drawing.steps.tolist() == [20, 10]  # those that begin in odd training steps take smaller ones
-    assert (drawing.mixed[0] == 7).all() and torch.equal(drawing.mixed[1], kept)
-    assert drawing.stops()[0][0] == 1
-
-
-def test_the_first_pictures_stand_at_the_sampler_step_next_to_their_time() -> None:
-    stops = guiding.sampler_times(torch.arange(10) / 10)
-    times = torch.tensor([1 - 1e-6, stops[3], stops[3] - 1e-4, stops[9] - 0.1])
-    clean, noise = torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2)
-    drawing = guiding.Drawing(training.Batch(clean, noise, times, [""] * 4, [], 0))
-    assert drawing.passed.tolist() == [0, 3, 3, 9]
-    torch.testing.assert_close(drawing.mixed[:, 0, 0, 0], stops[[0, 3, 3, 9]])
-
-
-@pytest.mark.parametrize(("passed", "guided"), [(2, (True, True)), (5, (True, True)), (6, (False, False))])
-def test_the_target_is_two_short_steps_of_a_sampler_that_is_guided_where_it_is_noisy(
-    passed: int, guided: tuple[bool, bool]
+def test_crowded_scenes_are_drawn_as_often_as_they_have_sprites(
+    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawing, guidance, stock = drawing_of(2, passed, seed=2), 3.0, sampler(20)
-    mixed = drawing.mixed
-    for t, scale in zip(stock.timesteps[2 * passed : 2 * passed + 2], guided, strict=True):
-        without, asked = (curved(mixed, words, t.repeat(2) / 1000) for words in (["", ""], drawing.words))
-        mixed = stock.step(without + (guidance if scale else 1) * (asked - without), t, mixed).prev_sample
-    drawing.move(guiding.guided_mean(drawing, curved, guidance))
-    torch.testing.assert_close(drawing.mixed, mixed, atol=1e-5, rtol=0)
-
-
-def test_crowded_scenes_are_drawn_as_often_as_they_have_sprites(vae_folder: Path, tmp_path: Path) -> None:
     trainer = train_flux.FluxTrainer(train_flux.FluxConfig(vae=vae_folder, out=tmp_path))
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng) for _ in range(200)]
     chosen = trainer.choose(scenes, 20_000, np.random.default_rng(1))
     sprites = np.array([len(scene.sprites) for scene in scenes])
     got = np.bincount(chosen, minlength=200) / 20_000
-    assert np.abs(got - sprites / sprites.sum()).max() < 5 * np.sqrt(
-        0.015 / 20_000
-    )  # five deviations of the largest share
-    alike = training.Trainer.choose(trainer_without_crowds(trainer), scenes, 20_000, np.random.default_rng(1))
+    share = sprites / sprites.sum()
+    assert (np.abs(got - share) < 5 * np.sqrt(share / 20_000)).all()  # five standard deviations
+    monkeypatch.setattr(trainer, "crowds", False)
+    alike = trainer.choose(scenes, 20_000, np.random.default_rng(1))
     assert np.abs(np.bincount(alike, minlength=200) / 20_000 - 1 / 200).max() < 5 * np.sqrt(0.005 / 20_000)
-
-
-def trainer_without_crowds(trainer: training.Trainer) -> training.Trainer:
-    trainer.crowds = False
-    return trainer
 
 
 def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(
