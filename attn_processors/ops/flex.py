@@ -14,7 +14,7 @@ Which blocks meet is worked out from the boxes of the tiles, never from pairs of
 and the same with intervals for squares. A tile being a product of two intervals, smallest and largest distances add up
 from the axes. Box and tokens agree at the corners, so this is exact.
 
-The kernel is compiled once per layout and pattern, which takes a while at the first call; the last eight are kept.
+The kernel is compiled once per layout and pattern, which takes a while at the first call; the last thirty-two are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ from .layout import TILE, TokenLayout
 from .patterns import Disc, Pattern, Square
 from .pool import Pool, pool_bias
 
-__all__ = ["BLOCK", "attend_blocks", "block_tile", "classify", "visited_by_blocks", "why_not_flex"]
+__all__ = [
+    "BLOCK",
+    "attend_blocks",
+    "block_tile",
+    "classify",
+    "compiled_kernel",
+    "visited_by_blocks",
+    "why_not_flex",
+]
 
 BLOCK = 128
 NOWHERE = -(1 << 14)  # coordinate of keys without a place: farther than any radius that does not cover the grid
@@ -121,7 +129,7 @@ class _Kernel:
         return mask
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _kernel(
     layout: TokenLayout,
     pattern: Disc | Square,
@@ -171,7 +179,7 @@ def _kernel(
             added = score_bias.to(device)
             score = lambda value, b, h, i, j: value + added[j]  # noqa: E731
     globals_at = slice(start, start + layout.global_tokens)
-    return _Kernel(queries, keys, back, near, free, globals_at, mask, score, _compiled())
+    return _Kernel(queries, keys, back, near, free, globals_at, mask, score, compiled_kernel())
 
 
 def block_tile(layout: TokenLayout) -> tuple[int, int]:
@@ -284,8 +292,8 @@ def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return number.to(device)[None, None], index.to(device, torch.int32)[None, None]
 
 
-def _compiled() -> Callable[..., Tensor]:
-    """The kernel, compiled at its first call.
+def compiled_kernel() -> Callable[..., Tensor]:
+    """run(q, k, v, mask, score, scale), the kernel of (B, h, N, d), compiled at its first call.
 
     Compiled code is kept with a function's code object, and only so many versions of it. A copy of the code object for
     each kernel keeps them apart, and lets them go with it.

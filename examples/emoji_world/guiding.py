@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .training import Batch
+from .batches import Batch
 
 __all__ = ["SHIFT", "STEPS", "Drawing", "guided_mean", "sampler_times"]
 
@@ -21,7 +21,8 @@ STEPS = (10, 20)  # of the samplers on whose paths the model learns
 SHIFT = 3.0  # of the sampler's steps towards the noisy side (Esser et al. 2024, section 5.3.2)
 GUIDED_ABOVE = 0.7  # times of the guidance: less noisy pictures gain nothing by it (Kynkaanniemi et al. 2024)
 
-Velocity = Callable[[Tensor, list[str], Tensor], Tensor]
+Ids = dict[str, Tensor]  # token ids of captions, (B, tokens) for each text encoder
+Velocity = Callable[[Tensor, Ids, Tensor], Tensor]
 
 
 def sampler_times(way: Tensor) -> Tensor:
@@ -37,10 +38,10 @@ class Drawing:
     """
 
     def __init__(self, batch: Batch):
-        self.steps = torch.full((len(batch.words),), STEPS[0])  # of each picture
-        stops = sampler_times(torch.arange(STEPS[0]) / STEPS[0])
+        self.steps = torch.full_like(batch.times, STEPS[0], dtype=torch.long)  # of each picture
+        stops = sampler_times(torch.arange(STEPS[0], device=batch.times.device) / STEPS[0])
         self.passed = (batch.times.view(-1, 1) <= stops).sum(1) - 1  # steps done
-        self.words = list(batch.words)
+        self.ids = {name: ids.clone() for name, ids in batch.ids.items()}
         self.mixed = batch.clean.lerp(batch.noise, self.stops()[0].view(-1, 1, 1, 1))
 
     def stops(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,24 +56,28 @@ class Drawing:
         self.passed = self.passed + 1
 
     def renew(self, batch: Batch) -> None:
-        """Begin anew, with the noise and the words of `batch`, where a picture is finished."""
-        for i in (self.passed == self.steps).nonzero().flatten().tolist():
-            self.mixed[i], self.words[i], self.passed[i] = batch.noise[i], batch.words[i], 0
-            self.steps[i] = STEPS[batch.step % len(STEPS)]
+        """Begin anew, with the noise and the captions of `batch`, where a picture is finished."""
+        done = (self.passed == self.steps).nonzero().flatten()
+        self.mixed[done] = batch.noise[done]
+        for name, ids in self.ids.items():
+            ids[done] = batch.ids[name][done]
+        self.passed[done] = 0
+        self.steps[done] = STEPS[batch.step % len(STEPS)]
 
 
 @torch.no_grad()
-def guided_mean(drawing: Drawing, velocity: Velocity, guidance: float) -> Tensor:
+def guided_mean(drawing: Drawing, velocity: Velocity, guidance: float, empty: Ids) -> Tensor:
     """The mean guided velocity over each picture's next step, (B, C, H, W), from two steps of half the length.
 
-    So the model, with one call a step, goes where its teacher goes with four.
+    So the model, with one call a step, goes where its teacher goes with four. `empty` are the ids of no caption, (1, tokens).
     """
 
     def guided(mixed: Tensor, times: Tensor) -> Tensor:
-        asked = velocity(mixed, drawing.words, times)
+        asked = velocity(mixed, drawing.ids, times)
         early = (times > GUIDED_ABOVE).nonzero().flatten()
         if len(early):
-            without = velocity(mixed[early], [""] * len(early), times[early])
+            nothing = {name: ids.expand(len(early), -1) for name, ids in empty.items()}
+            without = velocity(mixed[early], nothing, times[early])
             asked[early] = without.lerp(asked[early], guidance)
         return asked
 

@@ -52,9 +52,9 @@ class LayoutHead(nn.Module):
         super().__init__()
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, count) for name, count in CLASSES.items()})
 
-    def forward(self, hidden: Tensor, scenes: list[world.Scene], rows: int, columns: int) -> Tensor:
-        """Sum of the mean cross entropies: hidden (B, rows * columns, width)."""
-        labels, hidden = cell_labels(scenes, rows, columns), hidden.float()
+    def forward(self, hidden: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Sum of the mean cross entropies: hidden (B, rows * columns, width), labels of `cell_labels`."""
+        hidden = hidden.float()
         losses = [
             nn.functional.cross_entropy(classifier(hidden).transpose(1, 2), labels[name])
             for name, classifier in self.classifiers.items()

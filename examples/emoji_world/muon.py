@@ -24,7 +24,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram, total = x @ x.mT, None
-    eye = torch.eye(gram.size(-1), dtype=x.dtype)
+    eye = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device)
     for _ in range(steps):
         factor = a * eye + b * gram + c * (gram @ gram)
         total = factor if total is None else factor @ total

@@ -15,6 +15,7 @@ the hidden states half-way through the transformer also learn to tell what is wh
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,12 +33,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..pipelines.files import written_whole
 from ..pipelines.upscaling import ROPE_THETA_SCALE, rotary_base
 from . import captions, world
+from .batches import Batch, stratified
 from .clauses import ClauseHead, word_labels
 from .guiding import SHIFT, Drawing, guided_mean, sampler_times
-from .layout import LayoutHead
-from .training import Batch, Trainer, TrainingConfig, start_processes, stratified
+from .layout import LayoutHead, cell_labels
+from .training import Trainer, TrainingConfig, start_processes
 
-TEXT_LENGTHS = (24, 64, 512)  # of the T5 tokens; the longest caption of the world has 15
+T5_TOKENS = 24  # the longest caption of the world has 15
+TEXT_LENGTHS = (T5_TOKENS, 64, 512)  # to which captions are padded
 LENGTH_WEIGHTS = (0.8, 0.15, 0.05)  # 512 costs four times as much as 24
 GUIDED_LENGTH_WEIGHTS = (0.5, 0.2, 0.3)  # in the guided steps
 LAYOUT = 0.1  # weight of telling what is where
@@ -90,8 +94,8 @@ class FluxTrainer(Trainer):
         self.hidden = answer[1]
 
     def _keep_text(self, encoder: nn.Module, given: tuple, answer: Any) -> None:
-        """The words, and what T5 gives of them to the transformer."""
-        self.ids, self.text = given[0], answer.last_hidden_state
+        """What T5 gives to the transformer."""
+        self.text = answer.last_hidden_state
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer, self.t5_tokenizer = captions.build_tokenizer(), captions.build_t5_tokenizer()
@@ -104,19 +108,30 @@ class FluxTrainer(Trainer):
             "layout": LayoutHead(transformer.config.num_attention_heads * transformer.config.attention_head_dim),
         }
 
+    def ids(self, words: list[str]) -> dict[str, Tensor]:
+        clip, t5 = captions.tokenize(self.tokenizer, words), captions.tokenize(self.t5_tokenizer, words, T5_TOKENS)
+        return {"text_encoder": torch.from_numpy(clip), "text_encoder_2": torch.from_numpy(t5)}
+
+    def labels(self, batch: Batch, scenes: list[world.Scene]) -> dict[str, dict[str, Tensor]]:
+        labels = {"clauses": word_labels(self.t5_tokenizer, batch.words, batch.ids["text_encoder_2"])}
+        rows, columns = batch.clean.shape[2] // 2, batch.clean.shape[3] // 2
+        if rows <= world.LATTICE:  # its cells are the tokens of the base size
+            labels["layout"] = cell_labels(scenes, rows, columns)
+        return labels
+
     def loss(self, batch: Batch) -> Tensor:
         if self.is_guided(batch.step):
             return self.guided_loss(batch)
-        words, times, length = batch.words, batch.times, self.text_length(batch.step, LENGTH_WEIGHTS)
+        times, length = batch.times, self.text_length(batch.step, LENGTH_WEIGHTS)
         mixed = batch.clean.lerp(batch.noise, times.view(-1, 1, 1, 1))
         target = batch.noise - batch.clean
-        velocity = self.velocity(self.parts, mixed, words, times, length, self.theta_scale(batch))
+        velocity = self.velocity(self.parts, mixed, batch.ids, times, length, self.theta_scale(batch))
         loss = (velocity - target).square().mean()
-        loss = loss + CLAUSES * self.parts["clauses"](self.text, word_labels(self.t5_tokenizer, words, self.ids))
-        rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
-        if rows > world.LATTICE:  # its cells are the tokens of the base size
-            return loss
-        return loss + LAYOUT * self.parts["layout"](self.hidden, batch.scenes, rows, columns)
+        told = {"clauses": (CLAUSES, self.text[:, :T5_TOKENS]), "layout": (LAYOUT, self.hidden)}
+        for name, labels in batch.labels.items():
+            weight, hidden = told[name]
+            loss = loss + weight * self.parts[name](hidden, labels)
+        return loss
 
     def guided_loss(self, batch: Batch) -> Tensor:
         """On pictures that the model is drawing itself, one sampler step per call; `batch` begins those that come next."""
@@ -126,11 +141,11 @@ class FluxTrainer(Trainer):
             self.drawing = Drawing(batch)
         assert self.drawing is not None
         self.drawing.renew(batch)
-        mixed, words, times = self.drawing.mixed, self.drawing.words, self.drawing.stops()[0]
-        teacher = partial(self.velocity, self.teacher, length=TEXT_LENGTHS[0])
-        target = guided_mean(self.drawing, teacher, self.config.guidance)
+        mixed, ids, times = self.drawing.mixed, self.drawing.ids, self.drawing.stops()[0]
+        teacher = partial(self.velocity, self.teacher, length=T5_TOKENS)
+        target = guided_mean(self.drawing, teacher, self.config.guidance, send_to_device(self.ids([""]), self.device))
         length = self.text_length(batch.step, GUIDED_LENGTH_WEIGHTS)
-        velocity = self.velocity(self.parts, mixed, words, times, length)
+        velocity = self.velocity(self.parts, mixed, ids, times, length)
         self.drawing.move(velocity.detach())
         return (velocity - target).square().mean()
 
@@ -168,8 +183,9 @@ class FluxTrainer(Trainer):
         rng = np.random.default_rng((self.config.seed, 3))
         for _ in range(self.config.text_steps):
             words = world.sample_captions(rng, CAPTIONS, held_out=False)
-            ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, TEXT_LENGTHS[0]))
-            loss = head(encoder(ids).last_hidden_state, word_labels(self.t5_tokenizer, words, ids))
+            ids = self.ids(words)["text_encoder_2"]
+            labels = send_to_device(word_labels(self.t5_tokenizer, words, ids), self.device)
+            loss = head(encoder(ids.to(self.device)).last_hidden_state, labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], 1.0)
@@ -187,37 +203,44 @@ class FluxTrainer(Trainer):
             dist.barrier()  # the first process writes, all read
         for name, state in torch.load(file, weights_only=True).items():
             teacher[name].load_state_dict(state)
-        return {name: part.float().requires_grad_(False) for name, part in teacher.items()}
+        return {name: part.float().requires_grad_(False).to(self.device) for name, part in teacher.items()}
 
     def velocity(
         self,
         parts: dict[str, nn.Module],
         mixed: Tensor,
-        words: list[str],
+        ids: dict[str, Tensor],
         times: Tensor,
         length: int,
         theta_scale: float = 1.0,
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        math = sdpa_kernel(SDPBackend.MATH)  # faster backwards than the fused one
-        with rotary_base(parts["transformer"], theta_scale), torch.autocast("cpu", torch.bfloat16), math:
-            return self._velocity(parts, mixed, words, times, length).float()
+        cpu = mixed.device.type == "cpu"  # where MATH is faster backwards than the fused attention
+        attention = sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()
+        with (
+            rotary_base(parts["transformer"], theta_scale),
+            torch.autocast(mixed.device.type, torch.bfloat16),
+            attention,
+        ):
+            return self._velocity(parts, mixed, ids, times, length).float()
 
     def _velocity(
-        self, parts: dict[str, nn.Module], mixed: Tensor, words: list[str], times: Tensor, length: int
+        self, parts: dict[str, nn.Module], mixed: Tensor, ids: dict[str, Tensor], times: Tensor, length: int
     ) -> Tensor:
-        pooled = parts["text_encoder"](torch.from_numpy(captions.tokenize(self.tokenizer, words))).pooler_output
-        ids = torch.from_numpy(captions.tokenize(self.t5_tokenizer, words, length))
-        text = parts["text_encoder_2"](ids).last_hidden_state
+        pooled = parts["text_encoder"](ids["text_encoder"]).pooler_output
+        short = ids["text_encoder_2"]
+        padded = nn.functional.pad(short, (0, length - short.shape[1]), value=self.t5_tokenizer.pad_token_id)
+        text = parts["text_encoder_2"](padded).last_hidden_state
         rows, columns = mixed.shape[2] // 2, mixed.shape[3] // 2
+        grid = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         out = parts["transformer"](
             hidden_states=pack(mixed),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=times,
-            img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float()),
-            txt_ids=torch.zeros(text.shape[1], 3),
+            img_ids=grid.to(mixed.device),
+            txt_ids=torch.zeros(length, 3, device=mixed.device),
         ).sample
         return unpack(out, rows, columns)
 

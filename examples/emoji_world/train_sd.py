@@ -23,7 +23,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from . import captions
-from .training import Batch, Trainer, TrainingConfig, start_processes
+from .batches import Batch
+from .training import Trainer, TrainingConfig, start_processes
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
@@ -67,11 +68,12 @@ class SdTrainer(Trainer):
         unet, text = build_unet(self.vae.config.latent_channels), captions.build_text_encoder(self.tokenizer)
         return {"unet": unet, "text_encoder": text}
 
+    def ids(self, words: list[str]) -> dict[str, Tensor]:
+        return {"text_encoder": torch.from_numpy(captions.tokenize(self.tokenizer, words))}
+
     def loss(self, batch: Batch) -> Tensor:
         t = (batch.times * 1000).long()
-        text = self.parts["text_encoder"](
-            torch.from_numpy(captions.tokenize(self.tokenizer, batch.words))
-        ).last_hidden_state
+        text = self.parts["text_encoder"](batch.ids["text_encoder"]).last_hidden_state
         guess = self.parts["unet"](self.noising.add_noise(batch.clean, batch.noise, t), t, text).sample
         return (guess - self.noising.get_velocity(batch.clean, batch.noise, t)).square().mean()
 

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from ..pipelines.files import written_whole
 from ..pipelines.load import TINY
 from . import captions, world
+from .batches import Batch, encode
 from .train_sd import NOISE, sampler
-from .training import Batch, Trainer, TrainingConfig, encode, start_processes
+from .training import Trainer, TrainingConfig, start_processes
 
 __all__ = ["VideoConfig", "VideoTrainer", "moving", "write_adapter"]
 
 TRIES = 60  # to find motions that keep sprites apart; in the later half some of them rest
-PACES = (1, 2, 3)  # frames per lattice step
+PACES = (2, 3, 4)  # frames per lattice step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,10 @@ class VideoTrainer(Trainer):
 
     def build(self) -> dict[str, nn.Module]:
         base = DiffusionPipeline.from_pretrained(self.config.base, torch_dtype=torch.float32)
-        self.tokenizer, self.text_encoder = base.tokenizer, base.text_encoder.eval().requires_grad_(False)
+        self.tokenizer, self.text_encoder = (
+            base.tokenizer,
+            base.text_encoder.eval().requires_grad_(False).to(self.device),
+        )
         self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
         adapter = MotionAdapter(
             block_out_channels=base.unet.config.block_out_channels,
@@ -149,17 +153,19 @@ class VideoTrainer(Trainer):
 
     def encode(self, scenes: list[world.Scene], side: int) -> Tensor:
         """Clips, (count, F, C, side/8, side/8) in fp16."""
-        clips = []
+        frames: list[world.Scene] = []
         for i, scene in enumerate(scenes):
-            rng = np.random.default_rng((self.config.seed, side, i))
-            clips.append(encode(self.vae, moving(scene, self.config.frames, rng), side))
-        return torch.stack(clips)
+            frames += moving(scene, self.config.frames, np.random.default_rng((self.config.seed, side, i)))
+        return encode(self.vae, frames, side).unflatten(0, (len(scenes), self.config.frames))
+
+    def ids(self, words: list[str]) -> dict[str, Tensor]:
+        return {"text_encoder": torch.from_numpy(captions.tokenize(self.tokenizer, words))}
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of clips, (B, F, C, H, W), all frames of one at the same time."""
         t = (batch.times * 1000).long()
         with torch.no_grad():
-            text = self.text_encoder(torch.from_numpy(captions.tokenize(self.tokenizer, batch.words))).last_hidden_state
+            text = self.text_encoder(batch.ids["text_encoder"]).last_hidden_state
         noisy = self.noising.add_noise(batch.clean, batch.noise, t).transpose(1, 2)
         guess = self.parts["unet"](noisy, t, text.repeat_interleave(batch.clean.shape[1], dim=0)).sample
         return (guess.transpose(1, 2) - self.noising.get_velocity(batch.clean, batch.noise, t)).square().mean()
@@ -168,7 +174,7 @@ class VideoTrainer(Trainer):
         return AnimateDiffPipeline(
             **self.averaged(),
             vae=AutoencoderKL.from_pretrained(self.config.vae).half(),
-            text_encoder=copy.deepcopy(self.text_encoder).half(),
+            text_encoder=copy.deepcopy(self.text_encoder).half().cpu(),
             tokenizer=self.tokenizer,
             motion_adapter=None,  # its modules are in the UNet
             scheduler=sampler(),

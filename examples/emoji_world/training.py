@@ -1,10 +1,10 @@
-"""What the trainings of the bundled models share: pictures encoded once, two stages, one loop, averaged weights, resuming.
+"""What the trainings of the bundled models share: two stages, one loop, averaged weights, resuming.
 
 Close-ups are small pictures filled by one sprite: they teach what each kind looks like at a fraction of the cost. Scenes
 are the pictures of the base size; where `large` says so, a share of the steps sees them at twice the side. The learning
 rate is flat and falls over the last fifth, so a run can be lengthened: give a larger --steps. Any number of processes
-(`torchrun --nproc-per-node 2 -m ...`) gives the same training up to rounding; one per core is fastest, and the run does
-not stall when another program takes a core.
+(`torchrun --nproc-per-node 2 -m ...`) gives the same training up to rounding; on a CPU one per core is fastest, and the
+run does not stall when another program takes a core. With CUDA each process trains on a card of its own.
 """
 
 from __future__ import annotations
@@ -25,22 +25,13 @@ from torch import Tensor, nn
 
 from ..pipelines.files import written_whole
 from . import world
+from .batches import CLOSE_UP, Batch, caption_of, encode, learnable, made_ahead, sample_close_up, sample_times
 from .muon import Muon
-from .train_vae import pixels
 
-__all__ = [
-    "CLOSE_UP",
-    "Batch",
-    "Trainer",
-    "TrainingConfig",
-    "caption_of",
-    "learnable",
-    "sample_times",
-    "start_processes",
-    "stratified",
-]
+__all__ = ["Trainer", "TrainingConfig", "start_processes"]
 
-CLOSE_UP = 8  # side of a close-up in lattice steps
+Pool = tuple[list[world.Scene], Tensor]  # scenes and their latents
+
 COSTS = {"close-ups": 1 / 3, "scenes": 1, "large": 4}  # of a picture; a batch has that many fewer of them
 
 
@@ -62,18 +53,6 @@ class TrainingConfig:
     save_every: int = 200
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one step of one process learns from."""
-
-    clean: Tensor  # scaled latents, (B, C, H, W), or (B, F, C, H, W) for clips
-    noise: Tensor  # as clean
-    times: Tensor  # (B,) in [0, 1), 1 is all noise
-    words: list[str]  # captions, some of them empty
-    scenes: list[world.Scene]
-    step: int
-
-
 class Trainer:
     """Models, averaged weights and optimisers of one run; `state.pt` in the run's folder holds them all.
 
@@ -88,9 +67,10 @@ class Trainer:
 
     def __init__(self, config: Any):
         self.config = config
+        self.device = own_device()
         torch.manual_seed(config.seed)
-        self.vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False)
-        self.parts = self.build()
+        self.vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False).to(self.device)
+        self.parts = {name: part.to(self.device) for name, part in self.build().items()}
         if config.start_from is not None:
             known = DiffusionPipeline.from_pretrained(config.start_from, torch_dtype=torch.float32)
             for name, part in self.parts.items():
@@ -98,7 +78,7 @@ class Trainer:
                     part.load_state_dict(getattr(known, name).state_dict())
         every = [p for part in self.parts.values() for p in part.parameters() if p.requires_grad]
         self.parameters = list(dict.fromkeys(every))
-        self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(self.parameters, decay=config.ema, use_ema_warmup=True, power=0.75, foreach=True)
         modules = [module for part in self.parts.values() for module in part.modules()]
         embeddings = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
         matrices = [p for p in self.parameters if p.ndim >= 2 and id(p) not in embeddings]
@@ -109,7 +89,7 @@ class Trainer:
         }
         self.done = 0
         if self.state_file.exists():
-            state = torch.load(self.state_file, weights_only=True)
+            state = torch.load(self.state_file, weights_only=True, map_location=self.device)
             for name, kept in {**self.parts, **self.optimizers, "ema": self.ema}.items():
                 kept.load_state_dict(state[name])
             self.done = state["step"]
@@ -118,8 +98,16 @@ class Trainer:
         """The modules to train, with fresh weights, by their names in the pipeline."""
         raise NotImplementedError
 
+    def ids(self, words: list[str]) -> dict[str, Tensor]:
+        """Token ids of captions, (B, tokens) for each text encoder."""
+        raise NotImplementedError
+
+    def labels(self, batch: Batch, scenes: list[world.Scene]) -> dict[str, dict[str, Tensor]]:
+        """What parts that tell something of a batch are to tell; none here."""
+        return {}
+
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
+        """Mean loss of a batch, which is on the device."""
         raise NotImplementedError
 
     def pipeline(self) -> DiffusionPipeline:
@@ -156,7 +144,7 @@ class Trainer:
         """What is learned from: scaled latents of the scenes drawn at `side` px, one entry per scene, in fp16."""
         return encode(self.vae, scenes, side)
 
-    def pool(self, name: str) -> tuple[list[world.Scene], Tensor]:
+    def pool(self, name: str) -> Pool:
         """The scenes and latents of a stage; latents are encoded once and kept beside the state."""
         draw_scene, side, count = {
             "close-ups": (sample_close_up, self.side // world.LATTICE * CLOSE_UP, self.config.pool),
@@ -196,73 +184,96 @@ class Trainer:
         """The times of a step's batch, (count,) in [0, 1)."""
         return sample_times(count, generator, self.lean)
 
+    def pools(self, steps: range) -> dict[str, Pool]:
+        """Those of the stages that the steps visit; the first process encodes what is missing, the others read."""
+        names = sorted({self.stage(step) for step in steps})
+        if self.rank:
+            dist.barrier()
+        pools = {name: self.pool(name) for name in names}
+        if dist.is_initialized() and not self.rank:
+            dist.barrier()
+        return pools
+
+    def batch(self, step: int, pool: Pool) -> Batch:
+        """What this process learns from in a step."""
+        config, (scenes, latents) = self.config, pool
+        ranks, stage = dist.get_world_size() if dist.is_initialized() else 1, self.stage(step)
+        rng = np.random.default_rng((config.seed, step))
+        generator = torch.Generator().manual_seed(config.seed * 10**7 + step)
+        count = max(1, round(config.batch / COSTS[stage]))
+        if count < ranks:
+            raise ValueError(f"{ranks} processes need a larger --batch: {stage} come {count} at a time")
+        chosen = self.choose(scenes, count, rng)
+        words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)
+        times = self.times(step, count, generator)
+        mine = slice(self.rank * count // ranks, (self.rank + 1) * count // ranks)
+        clean = latents[chosen[mine]].float()
+        words = words[mine]
+        batch = Batch(clean, noise[mine], times[mine], words, step, len(words) / count, self.ids(words))
+        return replace(batch, labels=self.labels(batch, [scenes[i] for i in chosen[mine]]))
+
     def train(self) -> None:
         """Run to the end, from where the state is."""
         config = self.config
-        ranks, rank = dist.get_world_size() if dist.is_initialized() else 1, self.rank
         config.out.mkdir(parents=True, exist_ok=True)
         start, losses = time.monotonic(), []
-        pools: dict[str, tuple[list[world.Scene], Tensor]] = {}
-        for step in range(self.done, config.steps):
-            stage = self.stage(step)
-            if stage not in pools:
-                if rank:
-                    dist.barrier()  # the first process encodes, the others read
-                if stage != "close-ups":
-                    pools.pop("close-ups", None)
-                pools[stage] = self.pool(stage)
-                if ranks > 1 and not rank:
-                    dist.barrier()
-            scenes, latents = pools[stage]
-            rng = np.random.default_rng((config.seed, step))
-            generator = torch.Generator().manual_seed(config.seed * 10**7 + step)
-            count = max(1, round(config.batch / COSTS[stage]))
-            if count < ranks:
-                raise ValueError(f"{ranks} processes need a larger --batch: {stage} come {count} at a time")
-            chosen = self.choose(scenes, count, rng)
-            words = [caption_of(scenes[i], rng) if rng.random() >= config.dropout else "" for i in chosen]
-            clean = latents[chosen].float()
-            noise = torch.randn(clean.shape, generator=generator)
-            times = self.times(step, count, generator)
-
-            scale = schedule(step, config.steps)
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad()
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * scale
-            mine = slice(rank * count // ranks, (rank + 1) * count // ranks)
-            shown = [scenes[i] for i in chosen[mine]]
-            loss = self.loss(Batch(clean[mine], noise[mine], times[mine], words[mine], shown, step))
-            (loss * len(shown) / count).backward()
-            if ranks > 1:
-                add_gradients(self.parameters)
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            for optimizer in self.optimizers.values():
-                optimizer.step()
-            self.ema.step(self.parameters)
-
-            losses.append(loss.item())
-            if rank:
+        steps = range(self.done, config.steps)
+        pools = self.pools(steps)
+        for batch in made_ahead(lambda step: self.batch(step, pools[self.stage(step)]), steps, self.device):
+            losses.append(self.learn(batch.to(self.device)))
+            self.done = batch.step + 1
+            if self.rank:
                 continue
-            if (step + 1) % 50 == 0:
+            if self.done % 50 == 0:
                 row = {
-                    "step": step + 1,
-                    "loss": round(float(np.mean(losses)), 5),
+                    "step": self.done,
+                    "loss": round(torch.stack(losses).mean().item(), 5),
                     "seconds": round(time.monotonic() - start, 1),
                 }
                 losses.clear()
                 print(row, flush=True)
                 with open(config.out / "log.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                self.save(step + 1)
+            if self.done % config.save_every == 0 or self.done == config.steps:
+                self.save(self.done)
                 self.pipeline().save_pretrained(config.out / "pipeline")
+
+    def learn(self, batch: Batch) -> Tensor:
+        """One optimiser step of all processes; the mean loss of this one's batch."""
+        scale = schedule(batch.step, self.config.steps)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * scale
+        loss = self.loss(batch)
+        (loss * batch.share).backward()
+        if dist.is_initialized():
+            add_gradients(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.ema.step(self.parameters)
+        return loss.detach()
+
+
+def own_device() -> torch.device:
+    """The card of this process, or the CPU where there is none."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def start_processes() -> None:
     """Join the other processes if torchrun started this one."""
+    device = own_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def add_gradients(parameters: list[nn.Parameter]) -> None:
@@ -277,59 +288,3 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 def schedule(step: int, steps: int) -> float:
     """Warm-up over 200 steps, flat, then linear to 1 % over the last fifth."""
     return min(1.0, (step + 1) / 200) * max(0.01, min(1.0, (steps - step) / (0.2 * steps)))
-
-
-def sample_times(count: int, generator: torch.Generator, lean: float) -> Tensor:
-    """Stratified times in [0, 1): a third uniform, the rest logit-normal(lean, 1) as in Esser et al. 2024, section 3.1.
-
-    They lean to the noisy side, for only there does a caption tell what the noisy picture does not.
-    """
-    uniform = stratified(count, generator)
-    third = int(count / 3 + float(torch.rand((), generator=generator)))  # on the average, also of two
-    spread = torch.sigmoid(lean + torch.special.ndtri(uniform[third:].clamp(1e-4, 1 - 1e-4)))
-    return torch.cat([uniform[:third], spread]).clamp(max=1 - 1e-6)
-
-
-def stratified(count: int, generator: torch.Generator) -> Tensor:
-    """One number from each of `count` equal stretches of [0, 1), in any order."""
-    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return uniform[torch.randperm(count, generator=generator)]
-
-
-def sample_close_up(rng: np.random.Generator) -> world.Scene:
-    """One sprite of any of the usual sides on a picture of CLOSE_UP lattice steps."""
-    side = int(rng.choice(list(world.SIDES.values())))
-    x, y = (rng.integers(CLOSE_UP - side + 1, size=2) + side / 2) / CLOSE_UP
-    sprite = world.Sprite(
-        str(rng.choice(world.KINDS)), str(rng.choice(list(world.TINTS))), float(x), float(y), side / CLOSE_UP
-    )
-    return world.Scene(str(rng.choice(list(world.BACKGROUNDS))), (sprite,), light=float(rng.uniform(-1, 1)))
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, scenes: list[world.Scene], side: int) -> Tensor:
-    """Scaled latents of scenes drawn at `side` px, (count, C, side/8, side/8) in fp16."""
-    parts = []
-    for start in range(0, len(scenes), 50):
-        batch = torch.from_numpy(np.stack([pixels(scene, side) for scene in scenes[start : start + 50]]))
-        parts.append((vae.encode(batch).latent_dist.mean * vae.config.scaling_factor).half())
-    return torch.cat(parts)
-
-
-def caption_of(scene: world.Scene, rng: np.random.Generator) -> str:
-    """A caption that names each tint or not, drawn anew, and that is not held out."""
-    while True:
-        named = [replace(sprite, named=bool(rng.random() < world.NAMED_TINT)) for sprite in scene.sprites]
-        caption = replace(scene, sprites=tuple(named)).caption
-        if not world.is_held_out(caption):
-            return caption
-
-
-def learnable(scene: world.Scene) -> bool:
-    """Whether the scene has a caption that training may use."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        named = [replace(sprite, named=bool(rng.random() < 0.5)) for sprite in scene.sprites]
-        if not world.is_held_out(replace(scene, sprites=tuple(named)).caption):
-            return True
-    return False

@@ -24,7 +24,7 @@ def flex_without_compiler(monkeypatch):
     def run(q, k, v, mask, score, scale):
         return flex.flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=scale)
 
-    monkeypatch.setattr(flex, "_compiled", lambda: run)
+    monkeypatch.setattr(flex, "compiled_kernel", lambda: run)
     yield
     flex._kernel.cache_clear()
 

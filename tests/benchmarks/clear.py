@@ -11,9 +11,9 @@ that are kept are in `results`; `show` makes the table of the README from one.
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..attn_processors import install
 from ..attn_processors.ops.cost import attention_flops
+from ..attn_processors.ops.flex import compiled_kernel
 from ..attn_processors.ops.layout import TokenLayout
 from ..attn_processors.ops.local import local_attention, sdpa
 from ..attn_processors.ops.patterns import Disc
@@ -76,23 +77,26 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     """What is measured on this device, small cases first."""
     cuda = device.type == "cuda"
 
-    def arms(blocks: tuple[int, ...] = (), radii: tuple[int, ...] = (8, 16, 32)) -> tuple[Arm, ...]:
-        sparse = [Arm(kind, radius) for kind in (ROWS, TILES) for radius in (radii if cuda else blocks)]
+    def arms(*radii: int, blocks: Sequence[int] | None = None, kinds: Sequence[str] = (ROWS, TILES)) -> tuple[Arm, ...]:
+        if blocks is None:
+            blocks = radii if cuda else ()
+        sparse = [Arm(kind, radius) for kind in kinds for radius in blocks]
         return (Arm(DENSE), *(Arm(HALO, radius) for radius in radii), *sparse)
 
+    of_operator, of_block = arms(8, 16, 32), arms(16, kinds=[TILES])  # a FLUX block knows no row-major arm
     if quick:
-        return [Case("operator", 16, 2, 16, arms=arms(radii=(4,))), Case("FLUX block", 8, 2, 16, arms=arms(radii=(4,)))]
-    cases = [
-        Case("operator", 64, 4, 64, arms=arms()),
-        Case("operator", 64, 24, 128, arms=arms()),
-        Case("operator", 128, 4, 64, arms=arms(blocks=(8, 16))),
-        Case("operator", 256, 24 if cuda else 1, 128, arms=arms()),
-        Case("FLUX block", 64, 24, 128, arms=arms(radii=(16,))),
-    ]
+        return [Case("operator", 16, 2, 16, arms=arms(4)), Case("FLUX block", 8, 2, 16, arms=arms(4, kinds=[TILES]))]
     if cuda:
-        cases += [Case("operator", side, 24, 128, arms=arms()) for side in (128, 512)]
-        cases += [Case("FLUX block", 128, 24, 128, arms=arms(radii=(16,)))]
-    return cases + _whole_cases()
+        cases = [Case("operator", side, 24, 128, arms=of_operator) for side in (64, 128, 256, 512)]
+        return cases + [Case("FLUX block", side, 24, 128, arms=of_block) for side in (64, 128)] + _whole_cases()
+    return [
+        Case("operator", 64, 4, 64, arms=of_operator),
+        Case("operator", 64, 24, 128, arms=of_operator),
+        Case("operator", 128, 4, 64, arms=arms(8, 16, 32, blocks=(8, 16))),
+        Case("operator", 256, 1, 128, arms=of_operator),
+        Case("FLUX block", 64, 24, 128, arms=of_block),
+        *_whole_cases(),
+    ]
 
 
 def _whole_cases() -> list[Case]:
@@ -152,8 +156,8 @@ def time_arm(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> 
     try:
         make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
         work = make(case, arm, device, dtype)
-        if arm not in case.runs and arm.kind != DENSE:
-            timed(work, device)  # compiles, fills caches
+        if (arm not in case.runs or device.type == "cuda") and arm.kind != DENSE:
+            timed(work, device)  # compiles, fills caches; on a card other cases may have driven a kernel out
         return one_run(case, arm, work, device)
     except torch.cuda.OutOfMemoryError:
         case.dropped[arm] = "out of memory"
@@ -168,10 +172,9 @@ def op_work(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> C
     """One call of the operator on seeded noise: grid tokens after TEXT global ones."""
     text = TEXT if case.side > 16 else 7
     layout = TokenLayout(case.side, case.side, before=text)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, layout.tokens, case.heads, case.width, generator=generator).to(device, dtype) for _ in range(3)
-    )
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, layout.tokens, case.heads, case.width)
+    q, k, v = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     if arm.radius is None:
         return lambda: sdpa(q, k, v, scale=case.width**-0.5)
     pattern = Disc(arm.radius)
@@ -183,13 +186,20 @@ def op_work(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> C
 
 def row_major(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: Disc) -> Callable[[], Tensor]:
     """The block-sparse kernel on tokens as the model has them: blocks are strips of BLOCK tokens of a row."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    mask, kernel = row_major_kernel(layout, pattern, str(q.device))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    return lambda: kernel(*heads_first, mask, None, None)
+
+
+@lru_cache(maxsize=32)
+def row_major_kernel(layout: TokenLayout, pattern: Disc, device: str) -> tuple[Any, Callable[..., Tensor]]:
+    """Block mask and kernel. On a card the mask is compiled, too: from 65,536 tokens on it is too large to be written out."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     near, count = near_rows(layout, pattern), layout.tokens
-    mask = create_block_mask(near, None, None, count, count, device=str(q.device), BLOCK_SIZE=BLOCK)
-    kernel = torch.compile(flex_attention, dynamic=False)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    return lambda: kernel(*heads_first, block_mask=mask)
+    compiled = device.startswith("cuda")
+    mask = create_block_mask(near, None, None, count, count, device=device, BLOCK_SIZE=BLOCK, _compile=compiled)
+    return mask, compiled_kernel()
 
 
 def near_rows(layout: TokenLayout, pattern: Disc) -> Callable[..., Tensor]:

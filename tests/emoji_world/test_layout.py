@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reattend.emoji_world import layout, world
-from reattend.emoji_world.training import CLOSE_UP, sample_close_up
+from reattend.emoji_world.batches import CLOSE_UP, sample_close_up
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -49,5 +49,5 @@ def test_the_head_reads_hidden_states_that_hold_the_labels() -> None:
             head.classifiers[name].weight[:, start : start + count] = 50 * torch.eye(count)
             head.classifiers[name].bias.zero_()
             start += count
-    assert head(hidden, scenes, 16, 16) < 1e-6
-    assert head(hidden.flip(0), scenes, 16, 16) > 1
+    assert head(hidden, labels) < 1e-6
+    assert head(hidden.flip(0), labels) > 1

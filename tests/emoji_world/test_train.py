@@ -16,7 +16,7 @@ import torch
 from diffusers import AnimateDiffPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from forked import forked
 
-from reattend.emoji_world import captions, guiding, muon, train_flux, train_sd, train_vae, train_video, training, world
+from reattend.emoji_world import batches, captions, guiding, muon, train_flux, train_sd, train_vae, train_video, world
 from reattend.pipelines import Recipe, Video, long_video
 from reattend.pipelines.upscaling import ROPE_THETA_SCALE
 
@@ -100,20 +100,6 @@ def test_muon_moves_kernels_by_the_size_of_an_adamw_step() -> None:
     muon.Muon([weight], lr=0.1).step()
     step = float(weight.detach().square().mean().sqrt())
     assert 0.7 < step / (0.2 * 0.1) < 1.2  # the singular values reach 0.7 to 1.2
-
-
-@pytest.mark.parametrize("count", [2, 32, 48])
-@pytest.mark.parametrize(("lean", "least", "most"), [(0.5, 0.55, 0.68), (1.0, 0.68, 0.78)])
-def test_times_cover_the_schedule_and_lean_to_the_noisy_side(
-    lean: float, least: float, most: float, count: int
-) -> None:
-    draws = [
-        training.sample_times(count, torch.Generator().manual_seed(seed), lean) for seed in range(50 * 48 // count)
-    ]
-    times = torch.cat(draws)
-    assert times.min() >= 0 and times.max() < 1
-    assert least < (times > 0.5).double().mean() < most
-    assert ((times < 0.1).double().mean() - 1 / 30).abs() < 0.02  # a third of them uniform
 
 
 def test_tiny_flux_training_learns_the_guided_velocity_last_and_resumes_there(
@@ -206,7 +192,7 @@ def test_half_of_the_large_scenes_are_seen_with_the_rotary_base_of_upscaling(vae
 
     def scale(side: int, step: int) -> float:
         clean = torch.zeros(1, 4, side // 8, side // 8)
-        return trainer.theta_scale(training.Batch(clean, clean, torch.zeros(1), [""], [], step))
+        return trainer.theta_scale(batches.Batch(clean, clean, torch.zeros(1), [""], step))
 
     assert {scale(trainer.side, step) for step in range(100)} == {1.0}
     large = [scale(2 * trainer.side, step) for step in range(1000)]
@@ -216,7 +202,9 @@ def test_half_of_the_large_scenes_are_seen_with_the_rotary_base_of_upscaling(vae
     before = rotary.theta
     rotary.register_forward_hook(lambda module, *_: seen.append(module.theta))
     mixed = torch.randn(1, trainer.vae.config.latent_channels, 32, 32)
-    answers = [trainer.velocity(trainer.parts, mixed, ["a"], torch.ones(1), 24, factor) for factor in (1.0, 10.0)]
+    answers = [
+        trainer.velocity(trainer.parts, mixed, trainer.ids(["a"]), torch.ones(1), 24, factor) for factor in (1.0, 10.0)
+    ]
     assert seen == [before, 10 * before] and rotary.theta == before
     assert not torch.equal(*answers)
 
@@ -367,15 +355,6 @@ def test_vae_training_resumes_and_decoder_training_keeps_the_latents(
     other = [torch.equal(a, b) for a, b in zip(whole.decoder.parameters(), decoder.decoder.parameters(), strict=True)]
     assert all(same)
     assert not all(other)
-
-
-def test_training_never_sees_a_held_out_caption_and_every_word_is_one_token() -> None:
-    rng = np.random.default_rng(0)
-    scenes = [scene for scene in (world.sample_scene(rng) for _ in range(300)) if training.learnable(scene)]
-    assert not any(world.is_held_out(training.caption_of(scene, rng)) for scene in scenes)
-    tokenizer = captions.build_tokenizer()
-    words = [*world.KINDS, *world.TINTS, *world.BACKGROUNDS, "a", "an", "and", "on"]
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
 
 
 def test_a_pool_of_another_size_is_refused_before_captions_meet_the_wrong_pictures(
