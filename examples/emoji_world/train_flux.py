@@ -15,7 +15,6 @@ the hidden states half-way through the transformer also learn to tell what is wh
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,13 +215,9 @@ class FluxTrainer(Trainer):
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        cpu = mixed.device.type == "cpu"  # where MATH is faster backwards than the fused attention
-        attention = sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()
-        with (
-            rotary_base(parts["transformer"], theta_scale),
-            torch.autocast(mixed.device.type, torch.bfloat16),
-            attention,
-        ):
+        # Fused attention is slower backwards on a CPU, and on an H200 its gradients were no numbers (torch 2.11).
+        math, numbers = sdpa_kernel(SDPBackend.MATH), torch.autocast(mixed.device.type, torch.bfloat16)
+        with rotary_base(parts["transformer"], theta_scale), numbers, math:
             return self._velocity(parts, mixed, ids, times, length).float()
 
     def _velocity(
