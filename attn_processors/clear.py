@@ -167,7 +167,7 @@ class ClearAttnProcessor(AttnMethod):
         settings: dict[str, Any] = {
             "pool_weights": call.extra(POOL_WEIGHTS),
             "key_valid": None if call.mask is None else call.mask[:, 0, 0],
-            "softmax": call.softmax,
+            "softmax": None if call.native else call.softmax,
         }
         if strip is None:
             held = call.kept.get(call.layout.tokens)

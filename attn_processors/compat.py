@@ -25,6 +25,7 @@ __all__ = [
     "JointAttnProcessor2_0",
     "apply_rotary_emb",
     "dispatch_attention_fn",
+    "is_native",
     "require_backend",
     "why_not_xformers",
 ]
@@ -56,6 +57,12 @@ def why_not_xformers(device: torch.device) -> str | None:
 
 
 WHY_NOT = {AttentionBackendName.XFORMERS: why_not_xformers}  # backends diffusers believes in too early
+
+
+def is_native(wanted: AttentionBackendName | str | None) -> bool:
+    """Whether `wanted` (None: the current default) is torch's scaled_dot_product_attention."""
+    name = _AttentionBackendRegistry.get_active_backend()[0] if wanted is None else AttentionBackendName(wanted)
+    return name == AttentionBackendName.NATIVE
 
 
 def require_backend(wanted: AttentionBackendName | str | None, device: torch.device) -> None:

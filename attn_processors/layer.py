@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from .compat import dispatch_attention_fn
+from .compat import dispatch_attention_fn, is_native
 from .method import AttnMethod
 from .ops.layout import TokenLayout
 
@@ -153,6 +153,11 @@ class LayerCall:
         listening = self.context.slots.get(TOLD)
         if listening is not None:
             listening[f"{self.name}.{name}"] = value
+
+    @property
+    def native(self) -> bool:
+        """Whether `softmax` is torch's own fused attention."""
+        return self._layer._parallel_config is None and is_native(self._layer._attention_backend)
 
     def softmax(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None

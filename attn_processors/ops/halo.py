@@ -176,7 +176,7 @@ class _Chunk:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softmax: Softmax) -> Tensor:
         """(b, n * Q, h, d) and (b, n * M, h, d) -> (b, n * Q, h, d), one softmax per tile."""
         folded = [x.reshape(x.shape[0] * self.tiles, -1, *x.shape[2:]) for x in (q, k, v)]
-        return softmax(*folded, scale=scale, mask=self.mask).reshape(q.shape)
+        return softmax(*folded, scale=scale, mask=self.mask).reshape(*q.shape[:-1], -1)
 
 
 def _chunks(q: Tensor, plan: Plan, hidden: Tensor | None) -> Iterator[_Chunk]:

@@ -9,7 +9,8 @@ Global queries are few: one dense softmax. Grid queries have these backends, whi
     dense       one softmax without a mask; where the pattern covers the grid
     reference   one softmax with the N x N mask written out: the truth for tests, and the fastest way on a small grid
     tile        gathered whole tiles, no mask; TileWindow only
-    halo        gathered surroundings of each tile of queries; any pattern, device and dtype, with gradients
+    halo        gathered surroundings of each tile of queries; any pattern, device and dtype, with gradients. Without
+                them, on a CPU, global and pooled keys are not gathered but merged in (`near_far.py`)
     flex        torch's block-sparse kernel; compiled at first use, so only on request
 
 "auto" takes the first that can run and pays off. A backend asked for by name runs or says why it cannot.
@@ -31,6 +32,7 @@ from .cost import visited_keys
 from .flex import attend_blocks, why_not_flex
 from .halo import Plan, Softmax, attend_tiles, default_side, global_index, plan_tiles
 from .layout import TokenLayout
+from .near_far import NearFar, attend_near_far, plan_near_far
 from .patterns import Disc, Pattern, Square, TileWindow
 from .pool import Pool, pool_bias, pool_grid
 from .tile import plan_window, why_not_tile
@@ -109,6 +111,7 @@ class Prepared:
     dtype: torch.dtype
     globals_at: Tensor  # index of the global tokens in the sequence, shape (T,)
     plan: Plan | None  # of "halo" and "tile"
+    split: NearFar | None  # of "halo", where it pays and no gradient is wanted
     mask: Tensor | None  # of "reference" and "dense", over [sequence | pooled]
 
 
@@ -128,16 +131,17 @@ def prepare(
         PatternUnavailable: `backend` cannot run.
     """
     taken = choose(layout, pattern, pool=pool, backend=backend, device=device.type, needs_grad=needs_grad, dtype=dtype)
-    plan, mask = None, None
+    plan, split, mask = None, None, None
     if taken == "tile" and isinstance(pattern, TileWindow):
         plan = plan_window(layout, pattern, pool, device, dtype)
     elif taken == "halo":
         side = default_side(layout, pattern, device.type)
         plan = plan_tiles(layout, pattern, (side, side), pool, device, dtype)
+        split = plan_near_far(layout, pattern, side, pool, device, dtype)
     elif taken in ("dense", "reference"):
         make = _reference_mask if layout.grid_tokens <= KEPT_TOKENS else _reference_mask.__wrapped__
         mask = make(layout, None if taken == "dense" else pattern, pool, device, dtype)
-    return Prepared(layout, pattern, pool, taken, device, dtype, global_index(layout).to(device), plan, mask)
+    return Prepared(layout, pattern, pool, taken, device, dtype, global_index(layout).to(device), plan, split, mask)
 
 
 def attend(
@@ -154,8 +158,7 @@ def attend(
     """`local_attention` with all choices made; the arguments mean what they mean there."""
     layout, pool, backend = prepared.layout, prepared.pool, prepared.backend
     k, v = (_same_heads(x, q.shape[2]) for x in (k, v))
-    if softmax is None:
-        softmax = sdpa
+    own, softmax = softmax is None, softmax or sdpa
     if scale is None:
         scale = q.shape[-1] ** -0.5
     hidden = None if key_valid is None or not layout.global_tokens else ~layout.globals_of(key_valid)
@@ -166,12 +169,14 @@ def attend(
     keys, values = k, v
     if pool is not None:
         keys, values = (torch.cat([x, pool_grid(x, layout, pool, pool_weights)], dim=1) for x in (k, v))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
     if backend == "flex":
         assert isinstance(prepared.pattern, Disc | Square)  # else `choose` had refused
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if reason := why_not_flex(layout, prepared.pattern, q.device.type, needs_grad, q.dtype):
             raise PatternUnavailable(f"backend 'flex': {reason}. backend='auto' takes one that runs.")
         grid = attend_blocks(grid_q, keys, values, layout, prepared.pattern, pool=pool, scale=scale, hidden=hidden)
+    elif prepared.split is not None and own and not needs_grad and not torch.compiler.is_compiling():
+        grid = attend_near_far(grid_q, keys, values, prepared.split, scale=scale, hidden=hidden)
     elif prepared.plan is not None:
         grid = attend_tiles(grid_q, keys, values, prepared.plan, scale=scale, softmax=softmax, hidden=hidden)
     else:

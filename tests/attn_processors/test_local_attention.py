@@ -57,7 +57,9 @@ def test_values_and_gradients_equal_the_oracle(layout, pattern, small_tiles):
             grads = torch.autograd.grad((got * weight).sum(), inputs)
             with torch.no_grad():
                 quiet = local_attention(*inputs, layout, pattern, pool=pool, key_valid=valid, backend=backend)
-            assert torch.equal(got, quiet)
+            torch.testing.assert_close(
+                got, quiet, atol=EXACT, rtol=0
+            )  # sums in another order where `near_far` takes over
             for name, a, b in zip(["out", "dq", "dk", "dv"], [got, *grads], [want, *want_grads], strict=True):
                 label = f"{backend}, {pool}: {name}"
                 torch.testing.assert_close(a, b, atol=EXACT, rtol=0, msg=lambda text, label=label: f"{label}: {text}")
