@@ -61,22 +61,23 @@ class Ranks:
                 f"tracker {missing[0]!r} is not installed; pip install {missing[0]}, or take it out of trackers"
             )
         AcceleratorState._reset_state()  # it keeps the precision of the last run in this process
-        accelerator = Accelerator(
-            cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-            mixed_precision=PRECISIONS[config.precision],
-            log_with=list(config.trackers) or None,
-            project_dir=config.out,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-        )
-        try:
-            yield cls(accelerator)
-        finally:
-            _finish(accelerator.trackers)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            if dist.is_initialized() and not there:
-                gc.collect()  # sharded modules that outlive their group keep the interpreter from ending
-                dist.destroy_process_group()
+        with _without_cudnn_attention():
+            accelerator = Accelerator(
+                cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+                mixed_precision=PRECISIONS[config.precision],
+                log_with=list(config.trackers) or None,
+                project_dir=config.out,
+                step_scheduler_with_optimizer=False,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            )
+            try:
+                yield cls(accelerator)
+            finally:
+                _finish(accelerator.trackers)
+                AcceleratorState._reset_state(reset_partial_state=True)
+                if dist.is_initialized() and not there:
+                    gc.collect()  # sharded modules that outlive their group keep the interpreter from ending
+                    dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
@@ -184,6 +185,17 @@ class Ranks:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@contextlib.contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """torch prefers cuDNN's attention on some cards, whose gradients are no numbers at some lengths (pytorch issue 196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def check_device(precision: str) -> None:

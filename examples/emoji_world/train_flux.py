@@ -215,7 +215,7 @@ class FluxTrainer(Trainer):
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        # Fused attention is slower backwards on a CPU, and on an H200 its gradients were no numbers (torch 2.11).
+        # Fused attention is slower backwards on a CPU, and cuDNN's has gradients that are no numbers (pytorch issue 196678).
         math, numbers = sdpa_kernel(SDPBackend.MATH), torch.autocast(mixed.device.type, torch.bfloat16)
         with rotary_base(parts["transformer"], theta_scale), numbers, math:
             return self._velocity(parts, mixed, ids, times, length).float()

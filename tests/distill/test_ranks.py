@@ -46,6 +46,14 @@ def test_processes_wait_for_one_another_for_longer_than_the_usual_minutes(config
     assert asked.value.args[0] >= timedelta(hours=24)
 
 
+def test_cudnn_attention_is_out_of_use_in_a_run_and_back_after_it(config):
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(KeyboardInterrupt), Ranks.joined(config()):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise KeyboardInterrupt
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_what_is_inside_is_sharded_first(sd, config, monkeypatch):
     order: list[torch.nn.Module] = []
 
