@@ -48,9 +48,14 @@ def test_processes_wait_for_one_another_for_longer_than_the_usual_minutes(config
 
 def test_cudnn_attention_is_out_of_use_in_a_run_and_back_after_it(config):
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    with pytest.raises(KeyboardInterrupt), Ranks.joined(config()):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with Ranks.joined(config()):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
