@@ -61,8 +61,9 @@ WHY_NOT = {AttentionBackendName.XFORMERS: why_not_xformers}  # backends diffuser
 
 def is_native(wanted: AttentionBackendName | str | None) -> bool:
     """Whether `wanted` (None: the current default) is torch's scaled_dot_product_attention."""
-    name = _AttentionBackendRegistry.get_active_backend()[0] if wanted is None else AttentionBackendName(wanted)
-    return name == AttentionBackendName.NATIVE
+    if wanted is None:
+        wanted = _AttentionBackendRegistry.get_active_backend()[0]
+    return wanted == AttentionBackendName.NATIVE  # whose members are strings
 
 
 def require_backend(wanted: AttentionBackendName | str | None, device: torch.device) -> None:

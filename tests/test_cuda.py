@@ -9,6 +9,7 @@ import copy
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +34,10 @@ from reattend.attn_processors.ops.pool import Pool
 from reattend.distill import DistillConfig, distill, make_dataset
 from reattend.distill.checkpoint import newest
 from reattend.distill.ranks import Ranks
+from reattend.emoji_world import train_flux
 from reattend.pipelines import Recipe, Video, filming, load, long_video, patches, splitting, story
 from reattend.pipelines.events import CancelToken
+from reattend.pipelines.load import TINY
 from reattend.pipelines.script import Panel, Script, Subject
 from reattend.pipelines.stream import streamed
 from reattend.pipelines.writing import decoded
@@ -248,3 +251,22 @@ def test_a_group_with_nccl_works_for_tensors_of_card_and_cpu(tmp_path):
             assert torch.equal(ranks.mean(torch.ones(3, device=place)), torch.full((3,), 0.5, device=place))
     finally:
         dist.destroy_process_group()
+
+
+def test_tiny_flux_trains_on_the_card_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_flux.FluxTrainer, "large", 0.0)
+    config = train_flux.FluxConfig(
+        vae=TINY / "tiny-sd" / "vae", out=tmp_path / "whole", steps=4, close_up_steps=1, guided_steps=2, text_steps=2, pool=6,
+        batch=4, save_every=1,
+    )  # fmt: skip
+    whole = train_flux.FluxTrainer(config)
+    whole.train()
+    assert all(torch.isfinite(p).all() and p.device.type == CARD.type for p in whole.parameters)
+
+    train_flux.FluxTrainer(replace(config, out=tmp_path / "parts", steps=2, guided_steps=0)).train()
+    parts = train_flux.FluxTrainer(replace(config, out=tmp_path / "parts"))
+    assert parts.done == 2
+    parts.train()
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # a step of the warm-up either way
+    assert load(config.out / "pipeline", device="cpu").transformer.dtype == torch.float32

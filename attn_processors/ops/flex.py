@@ -14,7 +14,7 @@ Which blocks meet is worked out from the boxes of the tiles, never from pairs of
 and the same with intervals for squares. A tile being a product of two intervals, smallest and largest distances add up
 from the axes. Box and tokens agree at the corners, so this is exact.
 
-The kernel is compiled once per layout and pattern, which takes a while at the first call; the last thirty-two are kept.
+The kernel is compiled once per layout and pattern, which takes a while at the first call; the last eight are kept.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class _Kernel:
         return mask
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _kernel(
     layout: TokenLayout,
     pattern: Disc | Square,

@@ -75,7 +75,7 @@ def default_side(layout: TokenLayout, pattern: Pattern, device: str) -> int:
     return 8 if reach <= 16 else 16  # at 128 x 128 tokens 8 is faster for radius 8 and 16
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def plan_tiles(
     layout: TokenLayout,
     pattern: Pattern,
@@ -86,7 +86,7 @@ def plan_tiles(
     rows: tuple[int, int] | None = None,
     pooled_from: TokenLayout | None = None,
 ) -> Plan:
-    """Index and mask tensors for a layout; the last eight are kept.
+    """Index and mask tensors for a layout; the last sixteen are kept.
 
     Args:
         side: rows and columns of a tile.

@@ -111,7 +111,7 @@ class Prepared:
     dtype: torch.dtype
     globals_at: Tensor  # index of the global tokens in the sequence, shape (T,)
     plan: Plan | None  # of "halo" and "tile"
-    split: NearFar | None  # of "halo", where it pays and no gradient is wanted
+    split: NearFar | None  # of "halo", where it pays
     mask: Tensor | None  # of "reference" and "dense", over [sequence | pooled]
 
 
@@ -137,7 +137,7 @@ def prepare(
     elif taken == "halo":
         side = default_side(layout, pattern, device.type)
         plan = plan_tiles(layout, pattern, (side, side), pool, device, dtype)
-        split = plan_near_far(layout, pattern, side, pool, device, dtype)
+        split = None if needs_grad else plan_near_far(layout, pattern, side, pool, device, dtype)
     elif taken in ("dense", "reference"):
         make = _reference_mask if layout.grid_tokens <= KEPT_TOKENS else _reference_mask.__wrapped__
         mask = make(layout, None if taken == "dense" else pattern, pool, device, dtype)
@@ -175,7 +175,7 @@ def attend(
         if reason := why_not_flex(layout, prepared.pattern, q.device.type, needs_grad, q.dtype):
             raise PatternUnavailable(f"backend 'flex': {reason}. backend='auto' takes one that runs.")
         grid = attend_blocks(grid_q, keys, values, layout, prepared.pattern, pool=pool, scale=scale, hidden=hidden)
-    elif prepared.split is not None and own and not needs_grad and not torch.compiler.is_compiling():
+    elif prepared.split is not None and own and not (needs_grad or _converted()):
         grid = attend_near_far(grid_q, keys, values, prepared.split, scale=scale, hidden=hidden)
     elif prepared.plan is not None:
         grid = attend_tiles(grid_q, keys, values, prepared.plan, scale=scale, softmax=softmax, hidden=hidden)
@@ -244,6 +244,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None =
     """torch's fused attention on (B, M, h, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _converted() -> bool:
+    """Whether a compiler, or autocast, changes what is called."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -41,8 +40,8 @@ MOST_WORKERS = 8  # processes that make batches for one card
 class Batch:
     """What one step of one process learns from."""
 
-    clean: Tensor  # scaled latents, (B, C, H, W), or (B, F, C, H, W) for clips
-    noise: Tensor  # as clean
+    clean: Tensor  # scaled latents, (B, C, H, W), or (B, F, C, H, W) for clips; fp16 until they are where they are used
+    noise: Tensor  # as clean, fp32
     times: Tensor  # (B,) in [0, 1), 1 is all noise
     words: list[str]  # captions, some of them empty
     step: int
@@ -51,7 +50,11 @@ class Batch:
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what a part that tells something is to tell
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**send_to_device(vars(self), device))
+        """On the device, with `clean` in fp32."""
+        from accelerate.utils import send_to_device
+
+        batch = Batch(**send_to_device(vars(self), device))
+        return replace(batch, clean=batch.clean.float())
 
 
 class Made(Dataset):
@@ -68,10 +71,13 @@ class Made(Dataset):
 
 
 def made_ahead(make: Callable[[Any], Any], of: Sequence[Any], device: torch.device) -> Iterable[Any]:
-    """make(one) for each in order; for a card by other processes, some ahead of the need."""
-    workers = 0 if device.type == "cpu" else min(MOST_WORKERS, os.cpu_count() or 1)
-    context = "fork" if workers else None  # pools are not copied
-    return DataLoader(Made(make, of), batch_size=None, num_workers=workers, multiprocessing_context=context)
+    """make(one) for each in order; for a card by other processes, one ahead each, which has to fit into shared memory."""
+    if device.type == "cpu":
+        return map(make, of)
+    return DataLoader(
+        Made(make, of), batch_size=None, num_workers=min(MOST_WORKERS, os.cpu_count() or 1), prefetch_factor=1,
+        multiprocessing_context="fork",
+    )  # fmt: skip
 
 
 @torch.no_grad()

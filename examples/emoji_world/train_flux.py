@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -142,7 +141,8 @@ class FluxTrainer(Trainer):
         self.drawing.renew(batch)
         mixed, ids, times = self.drawing.mixed, self.drawing.ids, self.drawing.stops()[0]
         teacher = partial(self.velocity, self.teacher, length=T5_TOKENS)
-        target = guided_mean(self.drawing, teacher, self.config.guidance, send_to_device(self.ids([""]), self.device))
+        empty = {name: ids.to(self.device) for name, ids in self.ids([""]).items()}
+        target = guided_mean(self.drawing, teacher, self.config.guidance, empty)
         length = self.text_length(batch.step, GUIDED_LENGTH_WEIGHTS)
         velocity = self.velocity(self.parts, mixed, ids, times, length)
         self.drawing.move(velocity.detach())
@@ -183,7 +183,7 @@ class FluxTrainer(Trainer):
         for _ in range(self.config.text_steps):
             words = world.sample_captions(rng, CAPTIONS, held_out=False)
             ids = self.ids(words)["text_encoder_2"]
-            labels = send_to_device(word_labels(self.t5_tokenizer, words, ids), self.device)
+            labels = {name: each.to(self.device) for name, each in word_labels(self.t5_tokenizer, words, ids).items()}
             loss = head(encoder(ids.to(self.device)).last_hidden_state, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -215,7 +215,7 @@ class FluxTrainer(Trainer):
     ) -> Tensor:
         """The transformer's answer, unpacked: (B, C, H, W). In bfloat16, which is nearly twice as fast on a CPU that has it."""
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for a CPU, too
-        # Fused attention is slower backwards on a CPU, and cuDNN's has gradients that are no numbers (pytorch issue 196678).
+        # Fused attention is slower backwards on a CPU, and torch's choice on an H200 gave gradients that are no numbers.
         math, numbers = sdpa_kernel(SDPBackend.MATH), torch.autocast(mixed.device.type, torch.bfloat16)
         with rotary_base(parts["transformer"], theta_scale), numbers, math:
             return self._velocity(parts, mixed, ids, times, length).float()

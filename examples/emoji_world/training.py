@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..distill.ranks import TIMEOUT
 from ..pipelines.files import written_whole
 from . import world
 from .batches import CLOSE_UP, Batch, caption_of, encode, learnable, made_ahead, sample_close_up, sample_times
@@ -208,9 +209,9 @@ class Trainer:
         noise = torch.randn((count, *latents.shape[1:]), generator=generator)
         times = self.times(step, count, generator)
         mine = slice(self.rank * count // ranks, (self.rank + 1) * count // ranks)
-        clean = latents[chosen[mine]].float()
         words = words[mine]
-        batch = Batch(clean, noise[mine], times[mine], words, step, len(words) / count, self.ids(words))
+        own = latents[chosen[mine]], noise[mine].clone(), times[mine]  # of a view all would be sent on
+        batch = Batch(*own, words, step, len(words) / count, self.ids(words))
         return replace(batch, labels=self.labels(batch, [scenes[i] for i in chosen[mine]]))
 
     def train(self) -> None:
@@ -221,10 +222,11 @@ class Trainer:
         steps = range(self.done, config.steps)
         pools = self.pools(steps)
         for batch in made_ahead(lambda step: self.batch(step, pools[self.stage(step)]), steps, self.device):
-            losses.append(self.learn(batch.to(self.device)))
+            loss = self.learn(batch.to(self.device))
             self.done = batch.step + 1
             if self.rank:
                 continue
+            losses.append(loss)
             if self.done % 50 == 0:
                 row = {
                     "step": self.done,
@@ -258,12 +260,13 @@ class Trainer:
 
 
 def own_device() -> torch.device:
-    """The card of this process, or the CPU where there is none."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """The card of this process, or the CPU where there is none. Raises ValueError where there are more processes than cards."""
+    local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if cards and local >= cards:
+        raise ValueError(
+            f"process {local + 1} has no card, there are {cards}; start one for each card, or hide them: CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", local) if cards else torch.device("cpu")
 
 
 def start_processes() -> None:
@@ -272,7 +275,7 @@ def start_processes() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def add_gradients(parameters: list[nn.Parameter]) -> None:

@@ -65,6 +65,25 @@ def test_where_all_others_are_hidden_only_near_keys_count(taken):
     assert taken.call_count == 1
 
 
+def test_any_strides_will_do(taken):
+    layout = TokenLayout(7, 9, before=5)
+    q, k, v = qkv(layout)
+    swapped = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    shared = [x[:, :, :1].expand(-1, -1, 2, -1) for x in (q, k, v)]  # one head for all
+    for inputs in (swapped, shared):
+        got = local_attention(*inputs, layout, Disc(2), backend="halo")
+        torch.testing.assert_close(got, oracle(*inputs, layout, Disc(2)), atol=1e-12, rtol=0)
+    assert taken.call_count == 2
+
+
+def test_autocast_gets_what_it_gets_of_one_softmax(taken):
+    layout = TokenLayout(7, 9, before=5)
+    q, k, v = (x.float() for x in qkv(layout))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local_attention(q, k, v, layout, Disc(2), backend="halo").dtype == sdpa(q, k, v, scale=1.0).dtype
+    assert not taken.called
+
+
 def test_gradients_are_never_asked_of_it(taken):
     layout, pool = TokenLayout(6, 7, before=5), Pool(2)
     q, k, v = qkv(layout)

@@ -156,8 +156,8 @@ def time_arm(case: Case, arm: Arm, device: torch.device, dtype: torch.dtype) -> 
     try:
         make = {"FLUX block": block_work, WHOLE: whole_work}.get(case.what, op_work)
         work = make(case, arm, device, dtype)
-        if (arm not in case.runs or device.type == "cuda") and arm.kind != DENSE:
-            timed(work, device)  # compiles, fills caches; on a card other cases may have driven a kernel out
+        if device.type == "cuda" or (arm not in case.runs and arm.kind != DENSE):
+            timed(work, device)  # compiles, fills caches; on a card other cases have driven kernels out
         return one_run(case, arm, work, device)
     except torch.cuda.OutOfMemoryError:
         case.dropped[arm] = "out of memory"

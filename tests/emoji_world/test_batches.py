@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from reattend.emoji_world import batches, captions, train_flux, world
+from reattend.emoji_world import batches, captions, train_flux, training, world
 
 CARD = torch.device("cuda")  # only its name is asked for
 
@@ -26,6 +26,7 @@ def test_other_processes_make_the_same_batches(vae_folder: Path, tmp_path: Path)
         batches.made_ahead(make, steps, torch.device("cpu")), batches.made_ahead(make, steps, CARD), strict=True
     ):
         assert (mine.words, mine.step, mine.share) == (theirs.words, theirs.step, theirs.share)
+        assert mine.clean.dtype == torch.float16 and mine.to(torch.device("cpu")).clean.dtype == torch.float32
         for name in ("clean", "noise", "times"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
         assert mine.labels.keys() == theirs.labels.keys() == {"clauses", "layout"}
@@ -36,6 +37,14 @@ def test_other_processes_make_the_same_batches(vae_folder: Path, tmp_path: Path)
 def test_a_mistake_in_another_process_is_told() -> None:
     with pytest.raises(ZeroDivisionError):
         list(batches.made_ahead(lambda one: 1 // one, [1, 0], CARD))
+
+
+def test_a_process_without_a_card_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert training.own_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 2 has no card, there are 1"):
+        training.own_device()
 
 
 def test_a_batch_moves_as_a_whole() -> None:
