@@ -2,7 +2,9 @@
 
 All queries see the same global and pooled keys. Gathered for each tile again they would be half of what is copied and
 multiplied at 512 text tokens and radius 8. So they get one fused softmax of their own, and both are put together by their
-log-sum-exp (`parts`), which takes one more tensor as large as the output.
+log-sum-exp, as any parts are (`parts`); for two of them that is one pass over the output::
+
+    out = near + sigmoid(lse_far - lse_near) (far - near)
 
 torch tells the log-sum-exp of its fused kernel on a CPU without a gradient; where one is wanted, and elsewhere, `halo`
 gathers all keys.
@@ -17,7 +19,6 @@ from torch import Tensor
 
 from .halo import Plan, attend_tiles, global_index, plan_tiles
 from .layout import TokenLayout
-from .parts import merge_parts
 from .patterns import Pattern
 from .pool import Pool, pool_bias
 
@@ -76,9 +77,10 @@ def attend_near_far(
         row = q.new_zeros(len(hidden), 1, 1, len(plan.far))
         row[..., : hidden.shape[1]] = hidden[:, None, None].to(q.dtype) * torch.finfo(q.dtype).min
         mask = row if mask is None else row + mask  # no column has both
-    far = _fused(q.contiguous(), k.index_select(1, plan.far), v.index_select(1, plan.far), scale, mask)
+    far, far_lse = _fused(q.contiguous(), k.index_select(1, plan.far), v.index_select(1, plan.far), scale, mask)
     near = attend_tiles(q, k[:, grid], v[:, grid], plan.near, scale=scale, softmax=_with_lse)
-    return merge_parts([(near[..., :-1], near[..., -1]), far])[0]
+    near, near_lse = near[..., :-1], near[..., -1]
+    return near.lerp_(far, torch.sigmoid(far_lse - near_lse).unsqueeze(-1))
 
 
 def _with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
