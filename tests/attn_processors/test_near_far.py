@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from attention_oracle import oracle, qkv, some_valid
+from diffusers import attention_backend
 
 from reattend.attn_processors import installed
 from reattend.attn_processors.ops import halo, local, near_far
@@ -126,6 +127,6 @@ def test_clear_takes_it_unless_the_user_chose_a_backend(taken, flux):
         run()
         assert taken.called
         taken.reset_mock()
-        flux.transformer.set_attention_backend("_native_math")
-        run()
+        with attention_backend("_native_math"):
+            run()
         assert not taken.called
