@@ -189,7 +189,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def _without_cudnn_attention() -> Iterator[None]:
-    """torch prefers cuDNN's attention on some cards, whose gradients are no numbers at some lengths (pytorch issue 196678)."""
+    """Its gradients are no numbers for masked keys of some lengths (pytorch issue 196678), and torch prefers it on some cards."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -242,7 +242,7 @@ def test_two_ranks_on_the_card_draw_the_picture_of_one(monkeypatch):
 
 
 def test_a_group_with_nccl_works_for_tensors_of_card_and_cpu(tmp_path):
-    backend = "cpu:gloo,cuda:nccl" if CARD.type == "cuda" else "gloo"  # as the command line does
+    backend = "cpu:gloo,cuda:nccl"  # as the command line does
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for place in (CARD, CPU):  # it takes itself for one of two, else it would not ask the group

@@ -107,10 +107,12 @@ class FluxTrainer(Trainer):
         }
 
     def ids(self, words: list[str]) -> dict[str, Tensor]:
-        clip, t5 = captions.tokenize(self.tokenizer, words), captions.tokenize(self.t5_tokenizer, words, T5_TOKENS)
-        return {"text_encoder": torch.from_numpy(clip), "text_encoder_2": torch.from_numpy(t5)}
+        t5 = captions.tokenize(self.t5_tokenizer, words, T5_TOKENS)
+        return super().ids(words) | {"text_encoder_2": torch.from_numpy(t5)}
 
     def labels(self, batch: Batch, scenes: list[world.Scene]) -> dict[str, dict[str, Tensor]]:
+        if self.is_guided(batch.step):
+            return {}
         labels = {"clauses": word_labels(self.t5_tokenizer, batch.words, batch.ids["text_encoder_2"])}
         rows, columns = batch.clean.shape[2] // 2, batch.clean.shape[3] // 2
         if rows <= world.LATTICE:  # its cells are the tokens of the base size

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from diffusers import (
     AutoencoderKL,
@@ -67,9 +66,6 @@ class SdTrainer(Trainer):
         self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
         unet, text = build_unet(self.vae.config.latent_channels), captions.build_text_encoder(self.tokenizer)
         return {"unet": unet, "text_encoder": text}
-
-    def ids(self, words: list[str]) -> dict[str, Tensor]:
-        return {"text_encoder": torch.from_numpy(captions.tokenize(self.tokenizer, words))}
 
     def loss(self, batch: Batch) -> Tensor:
         t = (batch.times * 1000).long()

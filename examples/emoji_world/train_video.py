@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..pipelines.files import written_whole
 from ..pipelines.load import TINY
-from . import captions, world
+from . import world
 from .batches import Batch, encode
 from .train_sd import NOISE, sampler
 from .training import Trainer, TrainingConfig, start_processes
@@ -131,10 +131,8 @@ class VideoTrainer(Trainer):
 
     def build(self) -> dict[str, nn.Module]:
         base = DiffusionPipeline.from_pretrained(self.config.base, torch_dtype=torch.float32)
-        self.tokenizer, self.text_encoder = (
-            base.tokenizer,
-            base.text_encoder.eval().requires_grad_(False).to(self.device),
-        )
+        self.tokenizer = base.tokenizer
+        self.text_encoder = base.text_encoder.eval().requires_grad_(False).to(self.device)
         self.noising = DDPMScheduler(num_train_timesteps=1000, **NOISE)
         adapter = MotionAdapter(
             block_out_channels=base.unet.config.block_out_channels,
@@ -157,9 +155,6 @@ class VideoTrainer(Trainer):
         for i, scene in enumerate(scenes):
             frames += moving(scene, self.config.frames, np.random.default_rng((self.config.seed, side, i)))
         return encode(self.vae, frames, side).unflatten(0, (len(scenes), self.config.frames))
-
-    def ids(self, words: list[str]) -> dict[str, Tensor]:
-        return {"text_encoder": torch.from_numpy(captions.tokenize(self.tokenizer, words))}
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of clips, (B, F, C, H, W), all frames of one at the same time."""

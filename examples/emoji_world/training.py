@@ -22,10 +22,11 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from ..distill.ranks import TIMEOUT
 from ..pipelines.files import written_whole
-from . import world
+from . import captions, world
 from .batches import CLOSE_UP, Batch, caption_of, encode, learnable, made_ahead, sample_close_up, sample_times
 from .muon import Muon
 
@@ -64,6 +65,7 @@ class Trainer:
     lean = 0.5  # to the noisy side, see `sample_times`
     crowds = False  # whether scenes are drawn as often as they have sprites; else all alike
     large = 0.0  # share of the steps after the close-ups that see scenes of twice the side
+    tokenizer: CLIPTokenizer  # set by `build`
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
 
     def __init__(self, config: Any):
@@ -100,8 +102,8 @@ class Trainer:
         raise NotImplementedError
 
     def ids(self, words: list[str]) -> dict[str, Tensor]:
-        """Token ids of captions, (B, tokens) for each text encoder."""
-        raise NotImplementedError
+        """Token ids of captions, (B, tokens) for each text encoder; here for CLIP alone."""
+        return {"text_encoder": torch.from_numpy(captions.tokenize(self.tokenizer, words))}
 
     def labels(self, batch: Batch, scenes: list[world.Scene]) -> dict[str, dict[str, Tensor]]:
         """What parts that tell something of a batch are to tell; none here."""

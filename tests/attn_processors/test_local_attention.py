@@ -8,7 +8,7 @@ from attention_oracle import oracle, qkv, some_valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reattend.attn_processors.ops import flex, halo, local
+from reattend.attn_processors.ops import flex, halo, local, near_far
 from reattend.attn_processors.ops.layout import TokenLayout
 from reattend.attn_processors.ops.local import local_attention, sdpa
 from reattend.attn_processors.ops.patterns import Dense, Disc, Square, TileWindow
@@ -57,9 +57,10 @@ def test_values_and_gradients_equal_the_oracle(layout, pattern, small_tiles):
             grads = torch.autograd.grad((got * weight).sum(), inputs)
             with torch.no_grad():
                 quiet = local_attention(*inputs, layout, pattern, pool=pool, key_valid=valid, backend=backend)
-            torch.testing.assert_close(
-                got, quiet, atol=EXACT, rtol=0
-            )  # sums in another order where `near_far` takes over
+            if backend == "halo" and near_far.plan_near_far(layout, pattern, 4, pool, got.device, got.dtype):
+                torch.testing.assert_close(got, quiet, atol=EXACT, rtol=0)  # two sums in place of one
+            else:
+                assert torch.equal(got, quiet)
             for name, a, b in zip(["out", "dq", "dk", "dv"], [got, *grads], [want, *want_grads], strict=True):
                 label = f"{backend}, {pool}: {name}"
                 torch.testing.assert_close(a, b, atol=EXACT, rtol=0, msg=lambda text, label=label: f"{label}: {text}")
