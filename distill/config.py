@@ -53,7 +53,8 @@ class DistillConfig:
         attention_weight: weight of the loss against the teacher's attention outputs, before the output projection.
         match: layers of that last loss: "every:4" = each fourth, "single:4" = of the single blocks only (published),
             "all", or a regular expression for names.
-        times: how noise levels are drawn; "logit-normal" favours the middle.
+        times: how noise levels are drawn, before the sampler's shift; "logit-normal" favours the middle.
+        logit_mean: of that normal; more = noisier, where a picture is laid out, less = cleaner, where details are made.
         guidance: guidance that models with it as an input are told; no meaning for others.
         dropout: how often a caption is left out; None = 0.1 for models that compare with an empty caption, else 0.
         radius_steps: over so many steps the radius shrinks from covering the picture to its own; "clear" only.
@@ -100,6 +101,7 @@ class DistillConfig:
     attention_weight: float = 0.5
     match: str = "every:4"
     times: Literal["logit-normal", "uniform"] = "logit-normal"
+    logit_mean: float = 0.0
     guidance: float = 3.5
     dropout: float | None = None
     radius_steps: int = 0
@@ -139,7 +141,7 @@ class DistillConfig:
             check_number(name, getattr(self, name), int, low, high)
         for name, least, most in (("lr", 0.0, 1e3), ("weight_decay", 0.0, 1e3), ("clip", 0.0, 1e9), ("guidance", 0.0, 100.0),
                                 ("flow_weight", 0.0, 1e6), ("output_weight", 0.0, 1e6), ("attention_weight", 0.0, 1e6),
-                                ("ema", 0.0, 0.999999)):  # fmt: skip
+                                ("logit_mean", -10.0, 10.0), ("ema", 0.0, 0.999999)):  # fmt: skip
             check_number(name, getattr(self, name), float, least, most)
         if self.optimizer == "prodigy" and self.lr < 0.1:
             raise ValueError(

@@ -29,8 +29,9 @@ from ..attn_processors.installer import apply, remove_all
 from ..attn_processors.layer import EXTRA
 from ..attn_processors.planning import plan, supported
 from ..pipelines.files import written_whole
+from ..pipelines.load import TINY
 
-__all__ = ["install_linear", "load_linear", "read_linear", "save_linear"]
+__all__ = ["bundled_students", "install_linear", "load_linear", "read_linear", "save_linear"]
 
 CONFIG, WEIGHTS = "linear_config.json", "student.safetensors"
 FORMAT, VERSION = "reattend linear", 1
@@ -39,12 +40,17 @@ SPATIAL = ".processor.spatial_weight"
 DOWN, UP = ".low_rank.down", ".low_rank.up"  # factors (rank, inputs) and (outputs, rank)
 
 
+def bundled_students() -> dict[str, Path]:
+    """The students that come with this package: name and folder."""
+    return {path.parent.name: path.parent for path in sorted(TINY.glob(f"*/{CONFIG}"))}
+
+
 def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
     """Install a trained linear attention with its parameters; `Handle.remove()` restores the model exactly.
 
     Args:
         target: a stock pipeline, or its denoiser; what we installed on it before is removed.
-        path: a folder made by `save_linear`, or a safetensors file published with CLEAR.
+        path: the name of a bundled student, a folder made by `save_linear`, or a safetensors file published with CLEAR.
         settings: replace single settings of the stored method, for example backend="flex"; for a published file whose
             name does not tell them, `radius` and `pool` as well.
 
@@ -115,7 +121,7 @@ def read_linear(
 
     The last is None where all layers have the method; so are both for a published file.
     """
-    path = Path(path)
+    path = bundled_students().get(str(path), Path(path))
     if path.is_file():
         return *_read_published(path, settings), None, None
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():

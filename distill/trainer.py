@@ -213,7 +213,7 @@ class Run:
             generator = torch.Generator().manual_seed(mixed(config.seed, self.state.step, place))
             normal = torch.randn(1, generator=generator)
             uniform, chance = torch.rand(2, 1, generator=generator).unbind(0)
-            levels.append(normal.sigmoid() if config.times == "logit-normal" else uniform)
+            levels.append((normal + config.logit_mean).sigmoid() if config.times == "logit-normal" else uniform)
             dropped.append(chance < share)
             noises.append(torch.randn(shape, generator=generator))
         return torch.stack(noises), torch.cat(levels), torch.cat(dropped)

@@ -48,7 +48,7 @@ class Image:
     ] = ()
     """Attention to use in place of the stock one, for example: --attention agent ratio=0.4"""
     linear: Annotated[Path | None, FILE, default("none")] = None
-    """Folder of a trained linear student (`reattend distill run`), in place of --attention."""
+    """Folder of a trained linear student (`reattend distill run`) or a bundled name, in place of --attention."""
     out: Path = OUT
     """Folder, or name of a PNG file."""
     device: Annotated[str | None, TEXT, default("the first of cuda, mps, cpu")] = None
@@ -102,9 +102,12 @@ class Image:
         names = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
         given |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.linear is not None:
-            if not self.linear.exists():
+            from ..distill.linear_folder import bundled_students
+
+            if not self.linear.exists() and str(self.linear) not in (here := bundled_students()):
                 raise ValueError(
-                    f"--linear {self.linear} is not there; give the folder of a student or its weight file"
+                    f"--linear {self.linear} is not there; give the folder of a student, its weight file, or a bundled name "
+                    f"({', '.join(here) or 'none in this install'})"
                 )
             given["linear"] = str(self.linear)
         if self.recipe is not None:

@@ -149,6 +149,13 @@ def _summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for words, measure in PER_FRAME.items():
         answers = np.array([[measure(Score(**one)) for one in entry["scores"]] for entry in entries])
         rates[words] = rate(*answers.sum(axis=1).T)  # (clips, right and asked)
+    whole, counts = PER_FRAME["kinds and tints (frames)"], [entry["scores"][0]["sprites"] for entry in entries]
+    for count in sorted(set(counts)):
+        some = [entry for entry, asked in zip(entries, counts, strict=True) if asked == count]
+        answers = np.array([[whole(Score(**one)) for one in entry["scores"]] for entry in some])
+        rates[f"kinds and tints (frames), {len(some)} clips of {count} sprite{'s' * (count > 1)}"] = rate(
+            *answers.sum(axis=1).T
+        )
     seen = [[[Found(**one) for one in sprites] for sprites in entry["readings"]] for entry in entries]
     judged = [judge(readings) for readings in seen]
     rates["as in the first frame"] = rate([one.kept.right for one in judged], [one.kept.asked for one in judged])

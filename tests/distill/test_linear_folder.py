@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import denoise_flux, image_ids
 
 from reattend.attn_processors import ClearAttnProcessor, install
-from reattend.distill import load_linear, save_linear
+from reattend.distill import linear_folder, load_linear, save_linear
 from reattend.distill.linear_folder import read_linear
 
 IDS = image_ids(8, 12)
@@ -61,6 +61,20 @@ def test_a_folder_installs_in_one_call_and_leaves_without_a_trace(model, tmp_pat
     else:
         install(model, method)
         assert not torch.equal(denoise_flux(model, IDS), got)  # the weight maps matter
+
+
+def test_bundled_students_go_by_their_names(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_folder, "TINY", tmp_path)
+    (tmp_path / "a-model").mkdir()
+    save_linear(tmp_path / "a-student", model, METHOD, trained(model))
+    assert linear_folder.bundled_students() == {"a-student": tmp_path / "a-student"}
+    handle = load_linear(model, "a-student")
+    got = denoise_flux(model, IDS)
+    handle.remove()
+    load_linear(model, tmp_path / "a-student")
+    assert torch.equal(denoise_flux(model, IDS), got)
+    with pytest.raises(FileNotFoundError, match=r"no linear_config.json and student.safetensors in a-model"):
+        load_linear(model, "a-model")
 
 
 def test_removal_follows_the_model_to_another_type(model, tmp_path):

@@ -296,6 +296,18 @@ def test_the_learning_rate_rises_and_falls(config):
     assert math.isclose(rate(6, warmup=4, schedule="cosine", steps=8), 0.5)
 
 
+@pytest.mark.parametrize(("times", "mean"), [("logit-normal", 0.0), ("logit-normal", 1.5), ("uniform", 0.0)])
+def test_noise_levels_are_drawn_as_asked(flux, config, times, mean):
+    joined, make = in_one_process(config(times=times, logit_mean=mean), flux)
+    with joined as ranks:
+        run = make(ranks)
+        levels = run.draw(list(range(2000)), torch.Size([1]))[1].sort().values
+        run.close()
+    share = levels if times == "uniform" else torch.special.ndtr(levels.logit() - mean)
+    gap = (share - (torch.arange(2000) + 0.5) / 2000).abs().max()
+    assert gap < 1.63 / 2000**0.5  # Kolmogorov and Smirnov, 99 %; the seed is 0 every time
+
+
 def test_a_state_of_another_shape_is_refused(flux, config):
     settings = config(steps=1)
     distill(settings, pipe=flux)

@@ -64,6 +64,9 @@ def test_every_frame_is_asked_and_what_moves_is_told(filmer: Filmer, tmp_path: P
     sprites = [len(parse_caption(caption)[0]) for caption in captions]
     kinds = found["rates"]["kinds (sprites)"]
     assert (kinds["right"], kinds["asked"]) == (sum(sprites) * FRAMES - sprites[2], sum(sprites) * FRAMES)
+    some = [rate for words, rate in found["rates"].items() if words.startswith("kinds and tints (frames), ")]
+    assert [rate["asked"] for rate in some] == [FRAMES * sprites.count(count) for count in sorted(set(sprites))]
+    assert sum(rate["right"] for rate in some) == frames["right"]
     assert found["rates"]["as in the first frame"]["asked"] == 3 * (FRAMES - 1)
     moving = found["rates"]["clips that move"]
     assert (moving["right"], moving["asked"]) == (2, 3)
