@@ -184,8 +184,8 @@ def test_forms_are_names_and_settings():
         name, settings = form.split()[0], attention_of(form)
         assert settings["name"] == name and ATTN_PROCESSORS[name]
         method = ATTN_PROCESSORS[name].from_settings({key: value for key, value in settings.items() if key != "name"})
-        if isinstance(method, ClearAttnProcessor):  # all of about one cost at 256 px
-            assert 30 <= float(method.pattern_of("any").key_counts(TokenLayout(16, 16)).double().mean()) <= 50
+        if isinstance(method, ClearAttnProcessor):  # a window is less than a third of the grid at 256 px
+            assert 30 <= float(method.pattern_of("any").key_counts(TokenLayout(16, 16)).double().mean()) <= 80
     assert len({slug(form) for form in FORMS}) == len(FORMS)
     assert attention_of("clear pattern=tile tile=(2,2) radius=3.1")["tile"] == (2, 2)
     for form, words in (
