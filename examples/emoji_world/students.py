@@ -45,8 +45,8 @@ from .world import sample_captions
 __all__ = ["FORMS", "compare"]
 
 FORMAT = "reattend students 1"
-FORMS = (  # at 256 px a grid token sees 30 to 80 of the 256 on average, or all of them through a linear form
-    "clear radius=6 pool=4",
+FORMS = (  # at 256 px a grid token sees 30 to 110 of the 256 on average, or all of them through a linear form
+    'clear radius=6 radii=[["blocks.0.",10]] pool=4',  # the first blocks of tiny-flux look far
     "clear radius=4",
     "clear pattern=tile tile=(2,2) radius=3.1",
     "neighborhood radius=4",
@@ -59,7 +59,7 @@ FORMS = (  # at 256 px a grid token sees 30 to 80 of the 256 on average, or all 
 )
 # The teacher alone is followed: its guidance is built in, so its velocity is not the flow of its samples. Noise levels are those
 # at which it lays a picture out; there students are farthest from it.
-RECIPE = {"flow_weight": 0.0, "output_weight": 1.0, "attention_weight": 1.0, "match": "all", "logit_mean": 1.5, "warmup": 20,
+RECIPE = {"flow_weight": 0.0, "output_weight": 1.0, "attention_weight": 1.0, "match": "all", "logit_mean": 1.2, "warmup": 20,
           "schedule": "cosine"}  # fmt: skip
 PAIRS = 16  # pairs of pictures that tell times
 LARGER = 4  # how many times the side at which operations are counted besides
@@ -81,7 +81,7 @@ def compare(
     denoising: int = 10,
     text_length: int = 24,
     batch: int = 8,
-    lr: float = 1e-3,
+    lr: float = 2e-4,
     ema: float = 0.99,
     precision: str = "float32",
     seed: int = 0,
@@ -266,7 +266,7 @@ def main(
     data: int = 1000,
     samples: int = 500,
     batch: int = 8,
-    lr: float = 1e-3,
+    lr: float = 2e-4,
     precision: str = "float32",
     seed: int = 0,
     show: Path | None = None,

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import denoise_flux, image_ids
 
-from reattend.attn_processors import ClearAttnProcessor, install
+from reattend.attn_processors import ClearAttnProcessor, install, installed
 from reattend.distill import linear_folder, load_linear, save_linear
+from reattend.distill.denoising import denoising_of
 from reattend.distill.linear_folder import read_linear
+from reattend.pipelines import load
 
 IDS = image_ids(8, 12)
 METHOD = ClearAttnProcessor(radius=3, backend="halo")
@@ -75,6 +77,30 @@ def test_bundled_students_go_by_their_names(model, tmp_path, monkeypatch):
     assert torch.equal(denoise_flux(model, IDS), got)
     with pytest.raises(FileNotFoundError, match=r"no linear_config.json and student.safetensors in a-model"):
         load_linear(model, "a-model")
+
+
+@pytest.mark.parametrize("name", linear_folder.bundled_students())
+def test_a_bundled_student_is_near_its_teacher(name):
+    """Where pictures are laid out training has taken away at least half of what its attention alone does wrong."""
+    about = json.loads((linear_folder.bundled_students()[name] / linear_folder.CONFIG).read_text())
+    pipe = load(about["info"]["base"], dtype="float32")
+    denoising, draw = denoising_of(pipe), torch.Generator().manual_seed(0)
+    size = (pipe.vae.config.sample_size,) * 2
+    text = denoising.encode_text(["a blue cat on sand", "a red balloon and a green tree on sea"] * 2, 24)
+    noise = torch.randn(4, denoising.tokens(size), denoising.model.config.in_channels, generator=draw)
+
+    def velocity() -> torch.Tensor:
+        with torch.no_grad():
+            return denoising.model(**denoising.inputs(noise, torch.ones(4), text, size, 0.0), return_dict=False)[0]
+
+    teacher = velocity()
+    handle = load_linear(pipe, name)
+    student = velocity()
+    handle.remove()
+    with installed(pipe, read_linear(name)[0]):
+        untrained = velocity()
+    assert (student - teacher).square().mean() < 0.5 * (untrained - teacher).square().mean()
+    assert torch.equal(velocity(), teacher)
 
 
 def test_removal_follows_the_model_to_another_type(model, tmp_path):
