@@ -147,6 +147,10 @@ class DistillConfig:
             raise ValueError(
                 f"optimizer='prodigy' finds the learning rate itself and lr is a factor on it, got lr={self.lr}; set lr=1"
             )
+        if self.logit_mean and self.times == "uniform":
+            raise ValueError(
+                f"logit_mean={self.logit_mean} moves the middle of times='logit-normal', got times='uniform'; leave one out"
+            )
         if self.rank is not None:
             check_number("rank", self.rank, int, 1, 65_536)
         if self.dropout is not None:

@@ -31,7 +31,7 @@ from ..attn_processors.planning import plan, supported
 from ..pipelines.files import written_whole
 from ..pipelines.load import TINY
 
-__all__ = ["bundled_students", "install_linear", "load_linear", "read_linear", "save_linear"]
+__all__ = ["bundled_students", "find_student", "install_linear", "load_linear", "read_linear", "save_linear"]
 
 CONFIG, WEIGHTS = "linear_config.json", "student.safetensors"
 FORMAT, VERSION = "reattend linear", 1
@@ -43,6 +43,11 @@ DOWN, UP = ".low_rank.down", ".low_rank.up"  # factors (rank, inputs) and (outpu
 def bundled_students() -> dict[str, Path]:
     """The students that come with this package: name and folder."""
     return {path.parent.name: path.parent for path in sorted(TINY.glob(f"*/{CONFIG}"))}
+
+
+def find_student(path: str | Path) -> Path:
+    """The folder of a bundled student of this name, else the path itself, whether there is something or not."""
+    return bundled_students().get(str(path), Path(path))
 
 
 def load_linear(target: Any, path: str | Path, **settings: Any) -> Handle:
@@ -121,7 +126,7 @@ def read_linear(
 
     The last is None where all layers have the method; so are both for a published file.
     """
-    path = bundled_students().get(str(path), Path(path))
+    path = find_student(path)
     if path.is_file():
         return *_read_published(path, settings), None, None
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():

@@ -210,7 +210,7 @@ class Compare:
     """Tell how near a student's pictures are to its teacher's, in pairs with the same prompt and noise, and how fast."""
 
     student: Annotated[Path, Positional, FILE, arg(metavar="STUDENT")]
-    """Folder of a student, or a weight file published with CLEAR."""
+    """Folder of a student, bundled name, or weight file published with CLEAR."""
     model: Annotated[str, TEXT]
     """The teacher: bundled name, local diffusers folder, or hub id."""
     prompts: Annotated[Path | None, FILE, default("captions of the emoji world")] = None
@@ -235,8 +235,12 @@ class Compare:
     def run(self) -> None:
         """Compare. Raises ValueError or TypeError for bad input."""
         size = read_size(self.size)
-        if not self.student.exists():
-            raise ValueError(f"there is no student at {self.student}; give the folder that a run wrote")
+        from ..distill.linear_folder import find_student
+
+        if not find_student(self.student).exists():
+            raise ValueError(
+                f"there is no student at {self.student}; give the folder that a run wrote, or a bundled name"
+            )
         if self.samples < 1:
             raise ValueError(f"--samples is at least 1, got {self.samples}")
         import numpy as np

@@ -102,12 +102,12 @@ class Image:
         names = ("prompt", "negative", "model", "width", "height", "steps", "guidance", "seed", "dtype")
         given |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.linear is not None:
-            from ..distill.linear_folder import bundled_students
+            from ..distill.linear_folder import bundled_students, find_student
 
-            if not self.linear.exists() and str(self.linear) not in (here := bundled_students()):
+            if not find_student(self.linear).exists():
                 raise ValueError(
                     f"--linear {self.linear} is not there; give the folder of a student, its weight file, or a bundled name "
-                    f"({', '.join(here) or 'none in this install'})"
+                    f"({', '.join(bundled_students()) or 'none in this install'})"
                 )
             given["linear"] = str(self.linear)
         if self.recipe is not None:

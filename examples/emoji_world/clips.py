@@ -38,8 +38,9 @@ FRAMES = 16
 SHOWN, SHOWN_FRAMES = 8, 8  # clips on the contact sheet, and frames of each
 MOVES = 0.75 / LATTICE  # widths: a step of the lattice, less what the reader may be off
 # Words of the table -> right answers and questions about one frame.
+WHOLE = "kinds and tints (frames)"
 PER_FRAME: dict[str, Callable[[Score], tuple[int, int]]] = {
-    "kinds and tints (frames)": lambda s: (int(s.sprites_right == s.sprites and s.tints_right == s.named), 1),
+    WHOLE: lambda s: (int(s.sprites_right == s.sprites and s.tints_right == s.named), 1),
     **{words: MEASURES[words] for words in ("kinds (sprites)", "named tints", "background")},
 }
 
@@ -145,17 +146,16 @@ def _made(pipe: Any, caption: str, seed: int, frames: int, steps: int, guidance:
 
 
 def _summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    rates = {}
-    for words, measure in PER_FRAME.items():
-        answers = np.array([[measure(Score(**one)) for one in entry["scores"]] for entry in entries])
-        rates[words] = rate(*answers.sum(axis=1).T)  # (clips, right and asked)
-    whole, counts = PER_FRAME["kinds and tints (frames)"], [entry["scores"][0]["sprites"] for entry in entries]
-    for count in sorted(set(counts)):
-        some = [entry for entry, asked in zip(entries, counts, strict=True) if asked == count]
-        answers = np.array([[whole(Score(**one)) for one in entry["scores"]] for entry in some])
-        rates[f"kinds and tints (frames), {len(some)} clips of {count} sprite{'s' * (count > 1)}"] = rate(
-            *answers.sum(axis=1).T
-        )
+    def answered(words: str, some: Sequence[dict[str, Any]]) -> Rate:
+        answers = np.array([[PER_FRAME[words](Score(**one)) for one in entry["scores"]] for entry in some])
+        return rate(*answers.sum(axis=1).T)  # (clips, right and asked)
+
+    rates = {words: answered(words, entries) for words in PER_FRAME}
+    by_count: dict[int, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_count.setdefault(entry["scores"][0]["sprites"], []).append(entry)
+    for count, some in sorted(by_count.items()):
+        rates[f"{WHOLE}, {len(some)} clips of {count} sprite{'s' * (count > 1)}"] = answered(WHOLE, some)
     seen = [[[Found(**one) for one in sprites] for sprites in entry["readings"]] for entry in entries]
     judged = [judge(readings) for readings in seen]
     rates["as in the first frame"] = rate([one.kept.right for one in judged], [one.kept.asked for one in judged])

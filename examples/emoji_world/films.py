@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -309,7 +310,7 @@ def main(
             bar.total, bar.n = total, done
             bar.refresh()
 
-        command = " ".join(["python -m reattend.emoji_world.films", *sys.argv[1:]])
+        command = f"python -m reattend.emoji_world.films {shlex.join(sys.argv[1:])}".rstrip()
         try:
             summary = compare(model, out=out, frames=frames, peer_frames=peer_frames, steps=steps, seed=seed,
                               prompts=prompts, arms=arms, attention=[attention_entry(*words) for words in attention],

@@ -4,7 +4,7 @@ Run: python -m reattend.emoji_world.students --out out/students
      python -m reattend.emoji_world.students --show out/students/summary.json
 
 Every form gets the same samples of the teacher, the same number of steps, the same settings and seeds. The default number
-is meant to take about ten minutes for each form on two free cores; the table tells the seconds it took. Then teacher and
+is meant to take about ten minutes for each form on one core; the table tells the seconds it took. Then teacher and
 students draw the same held-out captions from the same noise, and the reader says whose pictures are right. Everything goes
 to the folder as soon as it is there: pictures batch by batch, trainings in checkpoints, the summary after every form. A run
 that was stopped, in whatever way, goes on where it was with the same command.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -293,7 +294,7 @@ def main(
     def tell(line: str) -> None:
         print(f"\r\033[K{line}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-    command = " ".join(["python -m reattend.emoji_world.students", *sys.argv[1:]])
+    command = f"python -m reattend.emoji_world.students {shlex.join(sys.argv[1:])}".rstrip()
     try:
         summary = compare(model, out=out, forms=forms, steps=steps, data=data, samples=samples, batch=batch, lr=lr,
                           precision=precision, seed=seed, command=command, on_progress=tell)  # fmt: skip

@@ -74,6 +74,7 @@ def test_a_configuration_survives_its_file(tmp_path):
         ({"flow_weight": 0, "output_weight": 0, "attention_weight": 0}, "there is nothing to learn"),
         ({"radius_steps": 5, "attention": {"name": "agent"}}, "shrinks the radius"),
         ({"logit_mean": 11}, "logit_mean is out of range"),
+        ({"logit_mean": 1, "times": "uniform"}, "got times='uniform'"),
         ({"trackers": ("paper",)}, "no tracker 'paper'"),
         ({"validate_every": 5}, "validation_prompts is empty"),
     ],
