@@ -12,7 +12,7 @@ ranks is free of places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..comm import Span
     from .scopes import Scopes
 
-__all__ = ["SlotTables", "own_slots", "slot_tables", "slots_of"]
+__all__ = ["SlotTables", "own_slots", "slot_tables", "slots_in"]
 
 KEPT = 2048  # blocks of a film whose slots and masks are kept: every layer, place and step asks for the same ones
 
@@ -60,15 +60,13 @@ def slot_tables(positions: Tensor, to_k: Callable[[Tensor], Tensor], to_v: Calla
     return SlotTables((to_k(places) - to_k(nothing))[0], (to_v(places) - to_v(nothing))[0])
 
 
+def slots_in(frames: Tensor, windows: Tensor) -> Tensor:
+    """The slot of each of the frames (c, K) in the window [first, end) of its row, (c, 2); int64, shape (c, K)."""
+    return (frames - windows[:, :1]).clamp(min=0).minimum(windows[:, 1:] - windows[:, :1] - 1)
+
+
 @lru_cache(maxsize=KEPT)
 @torch.inference_mode(False)  # what is kept may be needed with gradients later
-def slots_of(scopes: Scopes, span: Span, frames: Sequence[int], device: torch.device) -> Tensor:
-    """The slot of each of `frames` as each query of `span` sees it, int64, shape (c, frames)."""
-    windows = torch.tensor([scopes.window(i) for i in range(*span)], device=device)
-    slots = torch.tensor(frames, dtype=torch.long, device=device) - windows[:, :1]
-    return slots.clamp(min=0).minimum(windows[:, 1:] - windows[:, :1] - 1)
-
-
 def own_slots(scopes: Scopes, own: Span, device: torch.device) -> Tensor:
     """The slot of each query of `own` in its own window, int64, shape (f,)."""
     return torch.tensor([i - scopes.window(i)[0] for i in range(*own)], device=device)

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm, Span
-from .positions import KEPT, SlotTables, slots_of
+from .positions import KEPT, SlotTables, slots_in
 
 __all__ = ["Clip", "Scopes", "TokenScale", "midpoints", "scoped_attention", "scoped_reference"]
 
 TokenScale = Literal["none", "log", "sqrt_log"]
 SCORE_BYTES = 64 * 2**20  # of one block of logits; larger sequences are worked on in turns
+BLOCK_BYTES = 2**19  # of logits of blocks that are computed together; more would not stay in a core's cache
 BLOCK = 16  # queries that share one stretch of keys, at least
 
 
@@ -143,21 +144,30 @@ def scoped_attention(
         shape (N, f, h, d).
     """
     first_near = scopes.reach(own)[0]
-    block = max(BLOCK, scopes.length)
+    block = min(max(BLOCK, scopes.length), q.shape[1])
     keys = min(block + scopes.length, near[0].shape[1]) + len(scopes.anchors)
-    chunk = max(1, SCORE_BYTES // (4 * q.shape[2] * min(block, q.shape[1]) * keys))
+    cost = 4 * q.shape[2] * block * keys  # bytes of the logits of a block, for one sequence
+    count = -(-q.shape[1] // block)
+    chunk = max(1, min(q.shape[0], SCORE_BYTES // cost))  # sequences
+    together = max(1, min(count, BLOCK_BYTES // (cost * chunk)))  # blocks
     rows = []
     for start in range(0, q.shape[0], chunk):
         part = slice(start, start + chunk)
         sequences = [x[part].transpose(1, 2) for x in (q * scale, *near, *far)]  # (n, h, frames, d)
-        blocks = []
-        for low in range(own[0], own[1], block):
-            span = (low, min(low + block, own[1]))
-            a, b = scopes.reach(span)
-            queries = sequences[0][:, :, span[0] - own[0] : span[1] - own[0]]
-            k, v = (x[:, :, a - first_near : b - first_near] for x in sequences[1:3])
-            blocks.append(_attend(queries, (k, v), (sequences[3], sequences[4]), scopes, span, biases, tables))
-        rows.append(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0])
+        done = []
+        for low in range(own[0], own[1], block * together):
+            frames = (low, min(low + block * together, own[1]))
+            plan = _blocks(scopes, frames, block, biases, q.device)
+            if len(plan.stretches) == 1:  # as views
+                a, b = scopes.reach(frames)
+                queries = sequences[0][:, :, frames[0] - own[0] : frames[1] - own[0]]
+                k, v = (x[:, :, None, a - first_near : b - first_near] for x in sequences[1:3])
+            else:
+                queries = sequences[0][:, :, (plan.queries - own[0]).flatten()]
+                k, v = (x[:, :, plan.stretches - first_near] for x in sequences[1:3])
+            made = _attend(queries, (k, v), (sequences[3], sequences[4]), plan, biases, tables)
+            done.append(made[:, :, : frames[1] - frames[0]])
+        rows.append(torch.cat(done, dim=2) if len(done) > 1 else done[0])
     out = torch.cat(rows) if len(rows) > 1 else rows[0]
     return out.transpose(1, 2)
 
@@ -166,48 +176,70 @@ def _attend(
     q: Tensor,
     near: tuple[Tensor, Tensor],
     far: tuple[Tensor, Tensor],
-    scopes: Scopes,
-    span: Span,
+    plan: _Blocks,
     biases: tuple[float, float],
     tables: SlotTables | None,
 ) -> Tensor:
-    """One block of queries, (n, h, c, d); `near` has the frames that the block reaches."""
-    masks = _masks(scopes, span, biases, q.device)
-    favoured = max(biases) if scopes.anchors else biases[0]  # gets no bias, so that its logits keep all their digits
-    scores, slots = [], []
-    for (k, _), mask, bias, frames in zip(
-        (near, far), masks, biases, (range(*scopes.reach(span)), scopes.anchors), strict=True
-    ):
-        score = (q @ k.transpose(-1, -2)).float()
-        if tables is not None:
-            slots.append(slots_of(scopes, span, frames, q.device))
-            score = score + tables.score(q, slots[-1]).float()
-        scores.append((score + (bias - favoured)).masked_fill(~mask, float("-inf")))
+    """Blocks of queries, (n, h, b * c, d), each with its stretch of near frames, (n, h, b, R, d), all with the same far ones."""
+    favoured = max(biases) if far[0].shape[2] else biases[0]  # gets no bias, so that its logits keep all their digits
+    count = near[0].shape[2]
+    to_near = (q.unflatten(2, (count, -1)) @ near[0].mT).flatten(2, 3)
+    scores = []
+    for score, mask, slots, bias in zip((to_near, q @ far[0].mT), plan.masks, plan.slots, biases, strict=True):
+        whole = score.float() if tables is None else score.float() + tables.score(q, slots).float()
+        scores.append((whole + (bias - favoured)).masked_fill(~mask, float("-inf")))
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(q.dtype)
     shares = weights.split([score.shape[-1] for score in scores], dim=-1)
-    out = shares[0] @ near[1] + shares[1] @ far[1]
+    out = (shares[0].unflatten(2, (count, -1)) @ near[1]).flatten(2, 3) + shares[1] @ far[1]
     if tables is not None:
-        for share, slot in zip(shares, slots, strict=True):
-            out = out + tables.value(share, slot)
+        for share, slots in zip(shares, plan.slots, strict=True):
+            out = out + tables.value(share, slots)
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """b blocks of c queries, with all that depends on frames alone. Rows of `masks` and `slots` are the b * c queries.
+
+    Attributes:
+        queries: their frames, (b, c); the last is repeated where the last block is short.
+        stretches: the frames a block reaches, (b, R), as many of each; the mask hides those that are too many.
+        masks: who of the stretch and who of the anchors counts, (b * c, R) and (b * c, G); each frame once.
+        slots: where they sit in the window of the query, the same shapes.
+    """
+
+    queries: Tensor
+    stretches: Tensor
+    masks: tuple[Tensor, Tensor]
+    slots: tuple[Tensor, Tensor]
 
 
 @lru_cache(maxsize=KEPT)
 @torch.inference_mode(False)  # what is kept may be needed with gradients later
-def _masks(scopes: Scopes, span: Span, biases: tuple[float, float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who of the reached frames and who of the anchors counts for each query of the block; each frame once."""
-    a, b = scopes.reach(span)
-    windows = torch.tensor([scopes.window(i) for i in range(*span)], device=device)
-    anchors = torch.tensor(scopes.anchors, dtype=torch.long, device=device)
-    frames = torch.arange(a, b, device=device)
-    inside = _between(frames, windows)
+def _blocks(scopes: Scopes, own: Span, block: int, biases: tuple[float, float], device: torch.device) -> _Blocks:
+    """The queries `own` in blocks. Kept, since every layer, place and step asks for the same ones."""
+    block = min(block, own[1] - own[0])
+    starts = torch.arange(own[0], own[1], block)
+    queries = (starts[:, None] + torch.arange(block)).clamp(max=own[1] - 1)
+    windows = torch.tensor([scopes.window(i) for i in queries.flatten().tolist()])  # (b * c, 2)
+    begin, end = windows[::block, 0], windows[block - 1 :: block, 1]
+    stretches = begin[:, None] + torch.arange(int((end - begin).max()))
+    anchors = torch.tensor(scopes.anchors, dtype=torch.long)
+    frames = stretches.repeat_interleave(block, dim=0)  # (b * c, R)
+    last = scopes.reach(own)[1] - 1
+    everywhere = anchors.expand(len(windows), -1)
+    inside, among = _between(frames, windows), _between(everywhere, windows)
     if biases[1] > biases[0]:  # the anchors are favoured, and take the frames that are both
-        return inside & ~torch.isin(frames, anchors), torch.ones(len(windows), len(anchors), dtype=bool, device=device)
-    return inside, ~_between(anchors, windows)
+        masks = inside & ~torch.isin(frames, anchors), torch.ones_like(among)
+    else:
+        masks = inside, ~among
+    slots = slots_in(frames, windows), slots_in(everywhere, windows)
+    there = [(a.to(device), b.to(device)) for a, b in (masks, slots)]
+    return _Blocks(queries.to(device), stretches.clamp(max=last).to(device), *there)
 
 
 def _between(frames: Tensor, windows: Tensor) -> Tensor:
-    """(c, frames): whether each frame lies in each of the c windows."""
+    """Whether each of the frames (c, K) lies in the window (c, 2) of its row."""
     return (frames >= windows[:, :1]) & (frames < windows[:, 1:])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from reattend.attn_processors.ops import scopes as scopes_file
 from reattend.attn_processors.ops.norms import film_statistics, frame_statistics, normalise
-from reattend.attn_processors.ops.positions import SlotTables, own_slots, slot_tables, slots_of
+from reattend.attn_processors.ops.positions import SlotTables, own_slots, slot_tables, slots_in
 from reattend.attn_processors.ops.scopes import Scopes, midpoints, scoped_attention, scoped_reference
 
 EXACT = 2e-6  # fp32: the same sums in another order
@@ -124,12 +124,18 @@ def test_only_the_difference_of_the_biases_counts_and_half_precision_survives_a_
     assert half.isfinite().all()
 
 
-def test_sequences_that_do_not_fit_the_budget_are_worked_on_in_turns(monkeypatch):
-    scopes = Scopes(40, 5, 7)
+@pytest.mark.parametrize("budget", ["SCORE_BYTES", "BLOCK_BYTES"])
+def test_what_does_not_fit_the_budget_is_worked_on_in_turns(budget, monkeypatch):
+    scopes, calls = Scopes(40, 5, 7), []
+    attend = scopes_file._attend
+    monkeypatch.setattr(scopes_file, "_attend", lambda *given: calls.append(given[0].shape) or attend(*given))
     q, k, v = qkv(40)
-    want = in_parts(q, k, v, scopes, [(0, 40)], scale=0.4)
-    monkeypatch.setattr(scopes_file, "SCORE_BYTES", 1)
-    torch.testing.assert_close(in_parts(q, k, v, scopes, [(0, 40)], scale=0.4), want, atol=EXACT, rtol=EXACT)
+    want = in_parts(q, k, v, scopes, [(0, 40)], scale=0.4, tables=tables(scopes))
+    assert calls == [(3, 2, 48, 8)]  # three blocks of 16 queries at once
+    monkeypatch.setattr(scopes_file, budget, 1)
+    got = in_parts(q, k, v, scopes, [(0, 40)], scale=0.4, tables=tables(scopes))
+    assert calls[1:] == ([(1, 2, 48, 8)] * 3 if budget == "SCORE_BYTES" else [(3, 2, 16, 8)] * 2 + [(3, 2, 8, 8)])
+    torch.testing.assert_close(got, want, atol=EXACT, rtol=EXACT)
 
 
 def test_places_are_those_of_a_window_encoded_anew_for_every_query():
@@ -139,7 +145,8 @@ def test_places_are_those_of_a_window_encoded_anew_for_every_query():
     places, x = torch.randn(8, 16, generator=draw), torch.randn(2, 30, 16, generator=draw)
     with torch.no_grad():
         made = slot_tables(places, project, project)
-        slots = slots_of(scopes, (10, 13), range(30), torch.device("cpu"))
+        windows = torch.tensor([scopes.window(i) for i in range(10, 13)])
+        slots = slots_in(torch.arange(30).expand(3, -1), windows)
         for row, i in enumerate(range(10, 13)):
             first, end = scopes.window(i)
             for j in range(30):
