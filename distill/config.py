@@ -12,15 +12,18 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..pipelines.checks import check_number, complete_attention
 from ..pipelines.files import written_whole
 
+if TYPE_CHECKING:
+    from ..attn_processors import AttnMethod
+
 __all__ = ["DistillConfig"]
 
 FREE = ("steps", "micro_batch", "workers", "save_every", "keep", "log_every", "validate_every", "validation_prompts",
-        "validation_steps", "trackers", "parallel", "data", "out", "model")  # may differ when a run goes on  # fmt: skip
+        "validation_steps", "trackers", "parallel", "data", "out", "model")  # may differ later, see conflict  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class DistillConfig:
             learning rate itself, by prodigyopt, and wants lr=1.
         lr: peak learning rate.
         warmup: steps over which the learning rate rises.
-        schedule: how it goes on after that, to zero at the last step, or flat.
+        schedule: how it goes on after that, to zero at the last step, or flat. Only a flat one can be given more steps later.
         weight_decay: of the optimiser.
         clip: largest norm of the gradients; larger ones are scaled down to it; 0 = they stay as they are.
         flow_weight: weight of the loss against the data (flow, noise or v, as the model predicts).
@@ -57,7 +60,7 @@ class DistillConfig:
         logit_mean: of that normal; more = noisier, where a picture is laid out, less = cleaner, where details are made.
         guidance: guidance that models with it as an input are told; no meaning for others.
         dropout: how often a caption is left out; None = 0.1 for models that compare with an empty caption, else 0.
-        radius_steps: over so many steps the radius shrinks from covering the picture to its own; "clear" only.
+        radius_steps: over so many steps radii shrink from covering the picture to their own; "clear" and "neighborhood" only.
         precision: numbers to compute in; trained weights are always kept in fp32.
         checkpointing: recompute activations in backward: much less memory, about a third more time.
         ema: decay of the averaged weights, which become the student; 0 = none.
@@ -69,9 +72,9 @@ class DistillConfig:
         keep: newest checkpoints that stay.
         log_every: steps between lines of the log.
         validate_every: steps between pictures of the student beside the teacher; 0 = none.
-        validation_prompts: what they show.
+        validation_prompts: what they show; one or several texts.
         validation_steps: their denoising steps, and those of samples that are made from a file of prompts.
-        bad_steps: steps in a row with a loss that is no number, before the run gives up; such steps change nothing.
+        bad_steps: steps in a row whose gradients are no numbers, before the run gives up; such steps change nothing.
         trackers: "tensorboard", "wandb", "trackio": where to report besides the log, by accelerate; names, or a text with
             commas. A run that goes on begins a new one there, except with TensorBoard, which reads the folder.
 
@@ -130,10 +133,17 @@ class DistillConfig:
                 value = Path(value)
             elif item.name == "trackers" and isinstance(value, str) and value[:1] not in ("[", "("):  # of --set
                 value = tuple(name.strip() for name in value.split(",") if name.strip())
+            elif item.name == "validation_prompts" and isinstance(value, str) and value[:1] not in ("[", "("):
+                value = (value,)
             if item.name not in ("data", "out", "attention"):
                 value = coerce(value, hints[item.name], f"DistillConfig({item.name}=...)")
             object.__setattr__(self, item.name, value)
         object.__setattr__(self, "attention", complete_attention([self.attention])[0])
+        if self.method.phased:
+            raise ValueError(
+                f"{self.attention['name']!r} is another attention in some sampling steps (start, until, phases), and a "
+                "training step is none of them; train without, and give these settings to load_linear"
+            )
         for name, low, high in (("steps", 1, 10**9), ("batch", 1, 10**6), ("micro_batch", 1, 10**6), ("warmup", 0, 10**9),
                                 ("radius_steps", 0, 10**9), ("seed", 0, 2**62), ("workers", 0, 256), ("save_every", 1, 10**9),
                                 ("keep", 1, 10**6), ("log_every", 1, 10**9), ("validate_every", 0, 10**9),
@@ -167,6 +177,14 @@ class DistillConfig:
             if name not in ("tensorboard", "wandb", "trackio"):
                 raise ValueError(f"no tracker {name!r}; choose from tensorboard, wandb, trackio")
 
+    @property
+    def method(self) -> AttnMethod:
+        """What the student attends with."""
+        from ..attn_processors import ATTN_PROCESSORS
+
+        settings = {key: value for key, value in self.attention.items() if key != "name"}
+        return ATTN_PROCESSORS[self.attention["name"]].from_settings(settings)
+
     def to_json(self) -> str:
         """The fields as indented JSON, paths as text."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
@@ -185,8 +203,9 @@ class DistillConfig:
         """
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}; give a recipe file (TOML or JSON)") from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot read {path}: {why}; give a recipe file (TOML or JSON)") from None
         try:
             values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except ValueError as error:
@@ -207,4 +226,7 @@ class DistillConfig:
     def conflict(self, other: DistillConfig) -> str | None:
         """A field in which `other` would be another training than this one, or None."""
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
-        return next((name for name in mine if name not in FREE and mine[name] != theirs[name]), None)
+        free = (
+            FREE if self.schedule == "constant" else [name for name in FREE if name != "steps"]
+        )  # the rate falls with them
+        return next((name for name in mine if name not in free and mine[name] != theirs[name]), None)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..pipelines.checks import check_number, check_side, check_text
 from ..pipelines.files import ENDINGS, PICTURES
+from ..pipelines.filling_in import chosen_length
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, INDEX, VERSION, Samples, about_digest, claim, is_whole, read_index, write_shard
 from .sparing import MOST
@@ -68,7 +69,7 @@ def make_dataset(
         sizes: (width, height) in pixels. Prompts take them in turn, shard by shard; a picture goes to the size nearest to
             its shape, is resized to cover it, and cut at the edges. Default: the pipeline's own.
         steps, guidance: of the teacher's sampling; guidance None = the pipeline's own.
-        text_length: text tokens that captions are padded to; None = the pipeline's own.
+        text_length: text tokens that captions are padded to; None = as many as `generate` takes.
         seed: the only source of chance.
         shard: samples per file.
         batch: samples made at once; more = faster and more memory. It does not change the samples' seeds.
@@ -92,16 +93,21 @@ def make_dataset(
         ("batch", batch, 1, 10_000),
     ):
         check_number(name, value, int, low, high)
+    if guidance is not None:
+        check_number("guidance", guidance, float, 0.0, 1000.0)
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is (rank, ranks) with 0 <= rank < ranks, got {part}")
+    length = chosen_length(pipe, text_length)
     if samples is not None:
         check_number("samples", samples, int, 1, 10**9)
     sizes = [(int(width), int(height)) for width, height in sizes or [own_size(pipe)]]
     for size in sizes:
         _check_size(size, denoising)
     if prompts is not None:
-        plan: _Plan = _of_prompts(denoising, prompts, samples, sizes, steps, guidance, text_length, seed, shard)
+        plan: _Plan = _of_prompts(denoising, prompts, samples, sizes, steps, guidance, length, seed, shard)
     else:
         assert pictures is not None
-        plan = _of_pictures(denoising, Path(pictures), samples, sizes, text_length, shard)
+        plan = _of_pictures(denoising, Path(pictures), samples, sizes, length, shard)
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -116,7 +122,7 @@ def make_dataset(
     digest = about_digest(about)
     with torch.no_grad():
         if not is_whole(folder / EMPTY, digest, 1):
-            write_shard(folder / EMPTY, [denoising.encode_text([""], text_length)], [""], digest, sizes[0])
+            write_shard(folder / EMPTY, [denoising.encode_text([""], length)], [""], digest, sizes[0])
         mine = range(part[0], len(plan.shards), part[1])
         total, done = sum(len(plan.shards[number][0]) for number in mine), 0
         for number in mine:
@@ -133,7 +139,7 @@ def make_dataset(
                             f"the teacher made latents that are no numbers (samples {first + some[0]} to "
                             f"{first + some[-1]}); float16 often overflows, use dtype bfloat16 or float32"
                         )
-                    text = denoising.encode_text([captions[i] for i in some], text_length)
+                    text = denoising.encode_text([captions[i] for i in some], length)
                     whole = {"latents": latents, **text}
                     made += [{name: value[i : i + 1] for name, value in whole.items()} for i in range(len(some))]
                     if on_progress is not None:
@@ -194,7 +200,7 @@ def captioned_pictures(folder: Path) -> list[tuple[Path, str]]:
         raise ValueError(f"no folder of pictures at {folder}")
     told: dict[str, str] = {}
     if (folder / "metadata.jsonl").is_file():
-        for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_read(folder / "metadata.jsonl").splitlines(), 1):
             try:
                 entry = json.loads(line)
                 told[str(entry["file_name"])] = str(entry["text"])
@@ -205,7 +211,8 @@ def captioned_pictures(folder: Path) -> list[tuple[Path, str]]:
     found, bare = [], []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS):
         beside = path.with_suffix(".txt")
-        caption = told.get(path.name) or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
+        caption = told.get(path.name) or (_read(beside).strip() if beside.is_file() else "")
+        check_text(f"the caption of {path.name}", caption, PROMPT_LENGTH)
         found.append((path, caption))
         bare += [] if caption else [path.name]
     if not found:
@@ -216,6 +223,13 @@ def captioned_pictures(folder: Path) -> list[tuple[Path, str]]:
             ".txt file of the same name, or into metadata.jsonl"
         )
     return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read captions from {path} ({error}); make it UTF-8 text") from None
 
 
 @dataclass(frozen=True, eq=False)

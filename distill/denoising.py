@@ -12,14 +12,11 @@ With clean latents x, noise e and a noise level s in [0, 1]:
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..pipelines.filling_in import text_length
 
 __all__ = ["Denoising", "denoising_of"]
 
@@ -41,19 +38,13 @@ class Denoising:
         """The denoiser."""
         return getattr(self.pipe, self.denoiser)
 
-    def text_length(self) -> int:
-        """Text tokens that the pictures of `generate` are made with."""
-        length = text_length(self.pipe, inspect.signature(self.pipe.__call__).parameters)
-        assert length is not None, "the families here read long text"
-        return length
-
-    def encode_text(self, prompts: list[str], length: int | None = None) -> dict[str, Tensor]:
-        """Embeddings of captions, each (B, ...), under names that `inputs` knows."""
+    def encode_text(self, prompts: list[str], length: int | None) -> dict[str, Tensor]:
+        """Embeddings of captions, each (B, ...), under names that `inputs` knows; `length` in tokens, see `chosen_length`."""
         raise NotImplementedError
 
     def sample(self, prompts: list[str], size: Size, generators: list[torch.Generator], steps: int,
-               guidance: float | None, length: int | None = None) -> Tensor:  # fmt: skip
-        """Latents that the stock pipeline makes of captions, (B, ...)."""
+               guidance: float | None, length: int | None) -> Tensor:  # fmt: skip
+        """Latents that the stock pipeline makes of captions, (B, ...); `length` of the text in tokens, see `chosen_length`."""
         more: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
         if length is not None:
             more["max_sequence_length"] = length
@@ -109,9 +100,9 @@ class _Flux(_Flow):
         super().__init__(pipe)
         self._ids: dict[Any, Tensor] = {}  # the context reads the grid once per object
 
-    def encode_text(self, prompts: list[str], length: int | None = None) -> dict[str, Tensor]:
+    def encode_text(self, prompts: list[str], length: int | None) -> dict[str, Tensor]:
         text, pooled, _ = self.pipe.encode_prompt(
-            prompts, prompt_2=None, max_sequence_length=length or self.text_length(), device=self.model.device
+            prompts, prompt_2=None, max_sequence_length=length, device=self.model.device
         )
         return {"text": text, "pooled": pooled}
 
@@ -141,11 +132,10 @@ class _Flux(_Flow):
 
 
 class _SD3(_Flow):
-    def encode_text(self, prompts: list[str], length: int | None = None) -> dict[str, Tensor]:
+    def encode_text(self, prompts: list[str], length: int | None) -> dict[str, Tensor]:
         text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, device=self.model.device,
-            max_sequence_length=length or self.text_length(),
-        )  # fmt: skip
+            prompts, None, None, do_classifier_free_guidance=False, device=self.model.device, max_sequence_length=length
+        )
         return {"text": text, "pooled": pooled}
 
     def inputs(self, noisy: Tensor, levels: Tensor, text: dict[str, Tensor], size: Size, guidance: float) -> dict:
@@ -164,12 +154,7 @@ class _SD3(_Flow):
 class _UNet(Denoising):
     denoiser = "unet"
 
-    def text_length(self) -> int:
-        return self.pipe.tokenizer.model_max_length
-
-    def encode_text(self, prompts: list[str], length: int | None = None) -> dict[str, Tensor]:
-        if length is not None:
-            raise ValueError(f"{type(self.pipe).__name__} has one text length, got text_length={length}; leave it out")
+    def encode_text(self, prompts: list[str], length: int | None) -> dict[str, Tensor]:
         text, _ = self.pipe.encode_prompt(prompts, self.model.device, 1, do_classifier_free_guidance=False)
         return {"text": text}
 

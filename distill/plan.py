@@ -3,7 +3,8 @@
 The model is built without numbers and split into its two roles by the same code that trains, so weights, gradients and
 moments are counted, not estimated. Activations are what autograd would keep of one forward of the student, where an attention
 keeps q, k, v and its output, as fused kernels do; scratch space and the allocator's gaps come on top. In 16 bits autocast
-keeps a copy of every trained weight during that forward, of all of them on every process, also where they are shared.
+keeps a copy of every trained weight during that forward, of all of them on every process, also where they are shared. Text
+encoders and VAE are not counted: they leave the device before the first step, unless pictures are made in between.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attn_processors import ATTN_PROCESSORS, AttnMethod, LayerCall
+from ..attn_processors import AttnMethod, LayerCall
 from .config import DistillConfig
 from .losses import matched_layers
 from .optimizers import STATE_BYTES
@@ -130,8 +131,7 @@ def memory_plan(config: DistillConfig, *, size: tuple[int, int] = (1024, 1024), 
     """
     model = _on_meta(config.model)
     number = BYTES[config.precision]
-    settings = {key: value for key, value in config.attention.items() if key != "name"}
-    method = ATTN_PROCESSORS[config.attention["name"]].from_settings(settings)
+    method = config.method
     own = {name: value.numel() for name, value in model.named_parameters()}
     parameters = sum(own.values())
     roles = TwoRoles(model, method, layers=config.layers, projections=config.projections, rank=config.rank)

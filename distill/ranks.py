@@ -49,6 +49,7 @@ class Ranks:
         from accelerate.utils import InitProcessGroupKwargs
 
         check_device(config.precision)
+        _check_launch()
         there = dist.is_initialized()
         alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
         if config.parallel == "fsdp" and alone:
@@ -196,6 +197,21 @@ def _without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def _check_launch() -> None:
+    """Raise ValueError for what `accelerate launch` can be asked for and a run has fields of its own for."""
+    for name, words in (
+        ("ACCELERATE_USE_FSDP", "set parallel=fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "set parallel=fsdp"),
+        ("ACCELERATE_USE_MEGATRON_LM", "set parallel=fsdp"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "set parallel=fsdp"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "set micro_batch, and the rest of the batch is accumulated"),
+    ):
+        if os.environ.get(name, "").lower() not in ("", "false", "1"):
+            raise ValueError(
+                f"accelerate was told {name}={os.environ[name]}, which a run does not follow; take it out and {words}"
+            )
 
 
 def check_device(precision: str) -> None:

@@ -51,11 +51,12 @@ class Samples(torch.utils.data.Dataset):
         digest = about_digest(self.about)
         counts = self.about["shards"]
         states = [_state(self._file(i), digest, count) for i, count in enumerate(counts)]
-        missing = states.count("missing")
-        if missing or not is_whole(self.folder / EMPTY, digest, 1):
+        missing = [self._file(i).name for i, state in enumerate(states) if state == "missing"]
+        missing += [] if is_whole(self.folder / EMPTY, digest, 1) else [EMPTY]
+        if missing:
             raise ValueError(
-                f"{self.folder} is not finished: {missing} of {len(counts)} shards are missing; run reattend distill data "
-                "again with the same options, which makes only what is not there"
+                f"{self.folder} is not finished: {len(missing)} of {len(counts) + 1} files are missing, the first is "
+                f"{missing[0]}; run reattend distill data again with the same options, which makes only what is not there"
             )
         self.starts = np.cumsum([0, *counts])
         self.damaged = frozenset(

@@ -136,6 +136,10 @@ class TrainState:
                 f"{config.out} holds a run with {name}={getattr(before, name)!r}, asked is {getattr(config, name)!r}; go on "
                 "with the same options, or choose another --out"
             )
+        if about["step"] > config.steps:
+            raise ValueError(
+                f"the run in {config.out} is at step {about['step']}, asked are steps={config.steps}; ask for as many or more"
+            )
         if about["samples"] != samples.digest:
             raise ValueError(f"the run in {config.out} began on other samples than those in {samples.folder}")
         targets: dict[str, Tensor] = {f"trained.{name}": value for name, value in self.trained.items()}

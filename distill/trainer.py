@@ -1,7 +1,8 @@
 """The training loop: for each batch noise, teacher, student, loss, step; now and then log, pictures, checkpoint.
 
 Everything random depends on (seed, step, place in the batch): the order of the samples, noise, noise levels, left-out
-captions. So a run that was stopped goes on bit for bit, and the number of processes changes only who computes.
+captions. So a run that was stopped goes on bit for bit on a CPU with as many threads, to rounding on a card, and the number
+of processes changes only who computes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attn_processors import ATTN_PROCESSORS, ClearAttnProcessor
+from ..attn_processors import ClearAttnProcessor
 from ..pipelines.events import CancelToken, stoppable
 from ..pipelines.files import check_writable, hold
 from .batches import Batches, learning_rate
@@ -110,8 +111,7 @@ class Run:
         self.batches = Batches(samples.groups(), config.batch, config.seed)
         self.damages = Damages(samples)
         ranks.accumulation(config)  # raises
-        settings = {key: value for key, value in config.attention.items() if key != "name"}
-        self.method = ATTN_PROCESSORS[config.attention["name"]].from_settings(settings)
+        self.method = config.method
         self.roles = TwoRoles(
             pipe, self.method, layers=config.layers, projections=config.projections, rank=config.rank, seed=config.seed
         )
@@ -266,6 +266,7 @@ class Run:
         self.log.add(numbers)
         known = plain(numbers)
         flat = {key: value for key, value in known.items() if isinstance(value, (int, float)) and key != "step"}
+        flat |= {f"layers/{name}": loss for name, loss in known["layers"].items()}
         self.ranks.accelerator.log(flat, step=self.state.step)
         if on_step is not None:
             on_step(
@@ -283,18 +284,24 @@ class Run:
                 autocast=self.ranks.accelerator.autocast, writes=self.ranks.first,
             )  # fmt: skip
         if self.ranks.first:
-            self.log.add({"step": self.state.step, "validation_latent_error": error})
+            told = {"validation_latent_error": error}
+            self.log.add({"step": self.state.step, **told})
+            self.ranks.accelerator.log(told, step=self.state.step)
         if self.config.parallel == "ddp":
             self.ranks.wait()
 
     def _shrunk(self, size: Size) -> Any:
-        """The method with the radius of this step: from the picture's diagonal down to its own, in whole tokens."""
+        """The method with the radii of this step: from the picture's diagonal down to their own, in whole tokens."""
         left = 1 - min(self.state.step / self.config.radius_steps, 1.0)
         most = math.hypot(*self.denoising.grid(size)) + 1
         assert isinstance(self.method, ClearAttnProcessor) and isinstance(self.roles.method, ClearAttnProcessor)
-        target = self.method.radius
-        radius = target if left == 0 else max(target, float(math.ceil(target + left * (most - target))))
-        return self.roles.method if radius == self.roles.method.radius else replace(self.method, radius=radius)
+
+        def now(own: float) -> float:
+            return own if left == 0 else max(own, float(math.ceil(own + left * (most - own))))
+
+        radius, radii = now(self.method.radius), tuple((layers, now(own)) for layers, own in self.method.radii)
+        same = (radius, radii) == (self.roles.method.radius, self.roles.method.radii)
+        return self.roles.method if same else replace(self.method, radius=radius, radii=radii)
 
 
 def _micros(steps: Iterator[tuple[Size, np.ndarray]], places: list[list[int]]) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..pipelines.files import written_whole
+from ..pipelines.filling_in import chosen_length
 from ..pipelines.image import without_progress_bar
 from .progress import plain
 
@@ -77,14 +78,18 @@ def pictures(
     seeds: Sequence[int],
     text_length: int | None = None,
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """One stock call for several prompts, each with the noise of its own seed: uint8 (B, H, W, 3) and latents (B, ...)."""
+    """One stock call for several prompts, each with the noise of its own seed: uint8 (B, H, W, 3) and latents (B, ...).
+
+    `text_length` in tokens; None = as many as `generate` takes.
+    """
     kept: dict[str, torch.Tensor] = {}
 
     def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         kept["latents"] = tensors["latents"]
         return tensors
 
-    more = {} if text_length is None else {"max_sequence_length": text_length}
+    length = chosen_length(pipe, text_length)
+    more = {} if length is None else {"max_sequence_length": length}
     with without_progress_bar(pipe):
         made = pipe(
             prompt=list(prompts), width=size[0], height=size[1], num_inference_steps=steps, output_type="np",

@@ -16,9 +16,12 @@ from typing import Any
 import diffusers
 import torch
 
+from .checks import check_number
 from .recipe import Recipe
 
-__all__ = ["check_length", "completed", "filled_in", "text_length"]
+__all__ = ["check_length", "chosen_length", "completed", "filled_in", "text_length"]
+
+LONGEST_TEXT = 512  # tokens; the pipelines take no more
 
 
 def filled_in(recipe: Recipe, pipe: Any) -> Recipe:
@@ -103,6 +106,20 @@ def text_length(pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> int | No
         return None
     limits = [tokenizer.model_max_length for tokenizer in _tokenizers(pipe) if _reads_long_text(tokenizer)]
     return min([accepts["max_sequence_length"].default, *limits])
+
+
+def chosen_length(pipe: Any, asked: int | None) -> int | None:
+    """Text tokens that captions are padded to: as asked, or as `generate` has it; None where the model has no choice.
+
+    Raises TypeError or ValueError for a number that cannot be, or a model without a choice.
+    """
+    own = text_length(pipe, inspect.signature(pipe.__call__).parameters)
+    if asked is None:
+        return own
+    if own is None:
+        raise ValueError(f"{type(pipe).__name__} has one text length, got text_length={asked}; leave it out")
+    check_number("text_length", asked, int, 1, LONGEST_TEXT)
+    return asked
 
 
 def _tokenizers(pipe: Any) -> list[Any]:

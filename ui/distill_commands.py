@@ -217,7 +217,9 @@ class Compare:
     """Text file with a prompt on each line; a pair of pictures for each."""
     samples: int = 200
     """How many captions of the emoji world, where no prompts are given; the reader then tells whose pictures are right."""
-    size: Annotated[str, TEXT, arg(metavar="WIDTHxHEIGHT")] = "256x256"
+    size: Annotated[str | None, TEXT, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="(default: the model's own)")] = (
+        None
+    )
     """Of the pictures, in pixels."""
     steps: int = 10
     """Denoising steps."""
@@ -234,7 +236,7 @@ class Compare:
 
     def run(self) -> None:
         """Compare. Raises ValueError or TypeError for bad input."""
-        size = read_size(self.size)
+        size = None if self.size is None else read_size(self.size)
         from ..distill.linear_folder import find_student
 
         if not find_student(self.student).exists():
@@ -247,7 +249,7 @@ class Compare:
         from tqdm import tqdm
 
         from ..distill.comparison import evaluate
-        from ..distill.data import read_prompts
+        from ..distill.data import own_size, read_prompts
         from ..emoji_world.read import read, score
         from ..emoji_world.world import sample_captions
         from ..pipelines.load import load
@@ -271,8 +273,8 @@ class Compare:
                 bar.update(done - bar.n)
 
             found = evaluate(
-                pipe, self.student, prompts, size=size, steps=self.steps, seed=self.seed, text_length=self.text_length,
-                judge=judge, on_progress=show,
+                pipe, self.student, prompts, size=size or own_size(pipe), steps=self.steps, seed=self.seed,
+                text_length=self.text_length, judge=judge, on_progress=show,
             )  # fmt: skip
         print(found.to_json() if self.json else found)
 

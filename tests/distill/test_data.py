@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -17,6 +18,8 @@ from reattend.distill import make_dataset
 from reattend.distill.batches import Batches
 from reattend.distill.data import captioned_pictures, read_prompts
 from reattend.distill.shards import Samples
+from reattend.distill.validation import picture
+from reattend.pipelines.filling_in import chosen_length
 
 QUICK = {"steps": 1, "text_length": 16, "sizes": [(32, 32)]}
 ROUNDING = 1e-5  # a batch of another size, fp32
@@ -41,7 +44,9 @@ def test_processes_share_the_shards_and_what_is_missing_is_made_again(flux, tmp_
     made = {"prompts": ["a", "b", "c"], "samples": 5, "shard": 2, **QUICK}
     one = Samples(make_dataset(flux, tmp_path / "one", **made))
     make_dataset(flux, tmp_path / "two", part=(1, 2), **made)
-    with pytest.raises(ValueError, match="is not finished: 2 of 3 shards are missing; run"):
+    with pytest.raises(
+        ValueError, match="is not finished: 2 of 4 files are missing, the first is shard-00000.safetensors; run"
+    ):
         Samples(tmp_path / "two")
     told = []
     make_dataset(flux, tmp_path / "two", part=(0, 2), on_progress=lambda *pair: told.append(pair), **made)
@@ -124,6 +129,43 @@ def test_pictures_are_turned_as_their_cameras_say(flux, tmp_path):
     assert torch.equal(made[0][0]["latents"], made[1][0]["latents"])
 
 
+def test_pictures_are_made_with_the_text_that_is_kept(flux, sd, tmp_path, monkeypatch):
+    """Of a tokenizer that reads 24 tokens the stock call still takes 512, and pads."""
+    monkeypatch.setattr(flux.tokenizer_2, "model_max_length", 24)
+    samples = Samples(make_dataset(flux, tmp_path / "own", prompts=["a cat"], **(QUICK | {"text_length": None})))
+    assert samples.about["text_length"] == 24 and samples[0]["text"].shape[0] == 24
+    same = Samples(make_dataset(flux, tmp_path / "told", prompts=["a cat"], **(QUICK | {"text_length": 24})))
+    assert torch.equal(samples[0]["latents"], same[0]["latents"])
+    asked: list[int] = []
+    call = type(flux).__call__
+
+    @functools.wraps(call)  # its signature says what it takes
+    def heard(pipe, **how):
+        asked.append(how["max_sequence_length"])
+        return call(pipe, **how)
+
+    monkeypatch.setattr(type(flux), "__call__", heard)
+    picture(flux, "a cat", (32, 32), 1, seed=0)
+    assert asked == [24]
+    with pytest.raises(
+        ValueError, match="StableDiffusionPipeline has one text length, got text_length=24; leave it out"
+    ):
+        chosen_length(sd, 24)
+
+
+def test_captions_that_are_no_text_are_told(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"cannot read captions from .*a.txt .*; make it UTF-8 text"):
+        captioned_pictures(tmp_path)
+    (tmp_path / "a.txt").write_text("a" * 20_000)
+    with pytest.raises(ValueError, match="the caption of a.png is too long: got 20000 characters"):
+        captioned_pictures(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"cannot read captions from .*metadata.jsonl"):
+        captioned_pictures(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -132,6 +174,9 @@ def test_pictures_are_turned_as_their_cameras_say(flux, tmp_path):
         ({"sizes": [(36, 32)]}, "width does not work: got 36 pixels"),
         ({"steps": 0}, "steps is out of range: got 0"),
         ({"samples": 0}, "samples is out of range: got 0"),
+        ({"text_length": 0}, "text_length is out of range: got 0"),
+        ({"guidance": -1.0}, "guidance is out of range: got -1"),
+        ({"part": (2, 2)}, r"part is \(rank, ranks\) with 0 <= rank < ranks, got \(2, 2\)"),
         ({"samples": -1, "prompts": None, "pictures": "x"}, "samples is out of range: got -1"),
     ],
 )

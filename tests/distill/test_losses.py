@@ -62,6 +62,27 @@ def test_a_configuration_survives_its_file(tmp_path):
     assert (read.lr, read.steps, read.attention["radius"]) == (1.0, 7, 3.0)
     assert read.conflict(config) == "rank"
     assert read.conflict(DistillConfig.read(tmp_path / "r.toml", out="elsewhere", steps=9)) is None
+    falling = DistillConfig.read(tmp_path / "r.toml", schedule="cosine")
+    assert falling.conflict(DistillConfig.read(tmp_path / "r.toml", schedule="cosine", steps=9)) == "steps"
+
+
+def test_the_defaults_are_those_published_with_clear():
+    config = DistillConfig(model="m", data="d")
+    assert (config.flow_weight, config.output_weight, config.attention_weight, config.match) == (
+        1.0,
+        0.5,
+        0.5,
+        "every:4",
+    )
+    assert (config.steps, config.batch, config.lr, config.times, config.logit_mean) == (
+        10_000, 32, 1e-4, "logit-normal", 0.0,
+    )  # fmt: skip
+
+
+def test_one_prompt_is_a_text_and_several_are_a_list():
+    make = lambda prompts: DistillConfig(model="m", data="d", validation_prompts=prompts).validation_prompts  # noqa: E731
+    assert make("a cat, in a hat") == ("a cat, in a hat",)
+    assert make("('a cat', 'a hat')") == make(["a cat", "a hat"]) == ("a cat", "a hat")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +93,9 @@ def test_a_configuration_survives_its_file(tmp_path):
         ({"attention": {"name": "clear", "radius": 0}}, "radius"),
         ({"schedule": "step"}, "wants one of 'constant', 'linear', 'cosine', got 'step'"),
         ({"flow_weight": 0, "output_weight": 0, "attention_weight": 0}, "there is nothing to learn"),
-        ({"radius_steps": 5, "attention": {"name": "agent"}}, "shrinks the radius"),
+        ({"radius_steps": 5, "attention": {"name": "linear"}}, "shrinks the radius"),
+        ({"attention": {"name": "clear", "start": 0.25}}, "another attention in some sampling steps .* load_linear"),
+        ({"attention": {"name": "agent"}}, "another attention in some sampling steps"),
         ({"logit_mean": 11}, "logit_mean is out of range"),
         ({"logit_mean": 1, "times": "uniform"}, "got times='uniform'"),
         ({"trackers": ("paper",)}, "no tracker 'paper'"),
@@ -87,6 +110,9 @@ def test_bad_settings_are_one_sentence(changes, sentence):
 def test_recipes_that_are_none_are_told(tmp_path):
     (tmp_path / "r.toml").write_text("model = ")
     with pytest.raises(ValueError, match="is no recipe"):
+        DistillConfig.read(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot read .*utf-8.*; give a recipe file"):
         DistillConfig.read(tmp_path / "r.toml")
     (tmp_path / "r.toml").write_text('model = "m"\nspeed = 3\n')
     with pytest.raises(ValueError, match="has an entry 'speed', which is none of"):

@@ -76,6 +76,26 @@ def test_what_is_inside_is_sharded_first(sd, config, monkeypatch):
         assert not inside & set(order[place:])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "parallel=fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "parallel=fsdp"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch"),
+    ],
+)
+def test_what_only_accelerate_was_told_is_refused(config, monkeypatch, name, value, remedy):
+    monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ValueError, match=f"{name}={value}, which a run does not follow.*{remedy}"),
+        Ranks.joined(config()),
+    ):
+        pass
+    monkeypatch.setenv(name, "1" if value == "4" else "false")
+    with Ranks.joined(config()) as ranks:
+        assert ranks.size == 1
+
+
 def test_a_tracker_that_is_not_installed_is_told(config, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     words = "tracker 'wandb' is not installed; pip install wandb"
@@ -118,10 +138,13 @@ def test_a_tracker_hears_what_the_log_does_and_stdout_stays_clean(flux, config, 
 
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TRACKIO])
     monkeypatch.setitem(sys.modules, "trackio", Chatty())
-    settings = config(trackers="trackio", steps=2, log_every=1)
+    pictures = {"validate_every": 2, "validation_prompts": "a cat", "validation_steps": 1}
+    settings = config(trackers="trackio", steps=2, log_every=1, **pictures)
     distill(settings, pipe=flux)
     lines = [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
-    plain = [{key: value for key, value in line.items() if key != "layers"} for line in lines]
-    assert heard == [4, *plain, "finished"]
+    for line in lines:
+        line |= {f"layers/{name}": loss for name, loss in line.pop("layers", {}).items()}
+    assert heard == [4, *lines, "finished"]
+    assert "validation_latent_error" in lines[-1] and any(name.startswith("layers/") for name in lines[0])
     told = capsys.readouterr()
     assert told.out == "" and "hello run" in told.err and "bye" in told.err

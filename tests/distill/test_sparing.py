@@ -92,5 +92,5 @@ def test_a_file_that_cannot_be_opened_counts_with_all_its_samples(folder, caplog
 
 def test_samples_that_are_not_there_are_no_damage(folder):
     (folder / "shard-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="is not finished: 1 of 3 shards are missing"):
+    with pytest.raises(ValueError, match="is not finished: 1 of 4 files are missing, the first is shard-00002"):
         Samples(folder)

@@ -95,9 +95,13 @@ def test_the_teacher_is_untouched_and_the_student_loads_in_one_call(flux, config
     assert torch.equal(tiny.run(flux), stock)
 
 
-@pytest.mark.parametrize(("rank", "layers"), [(None, None), (4, None), (None, "^single_")])
-def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank, layers):
-    settings = config(steps=3, ema=0, rank=rank, layers=layers, lr=1e-2)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rank": 4}, {"layers": "^single_"}, {"projections": "all"}, {"projections": "all", "rank": 4}],
+    ids=str,
+)
+def test_the_saved_student_computes_what_the_trained_one_did(flux, config, changes):
+    settings = config(steps=3, ema=0, lr=1e-2, **changes)
     distill(settings, pipe=flux)
     joined, make = in_one_process(settings, flux)
     with joined as ranks:
@@ -107,6 +111,31 @@ def test_the_saved_student_computes_what_the_trained_one_did(flux, config, rank,
         run.close()
     load_linear(flux, settings.out / "student")
     torch.testing.assert_close(tiny.run(flux), want, atol=20 * ROUNDING, rtol=0)  # low rank: the product is added first
+    text = [name for name in load_file(settings.out / "student" / "student.safetensors") if ".add_q_proj" in name]
+    assert bool(text) == ("projections" in changes)
+
+
+def test_radii_shrink_from_the_whole_picture_to_their_own(flux, config):
+    radii = (("^single_", 3.0),)
+    joined, make = in_one_process(
+        config(radius_steps=4, attention={"name": "clear", "radius": 2, "radii": radii}), flux
+    )
+    with joined as ranks:
+        run, seen = make(ranks), []
+        for step in range(6):
+            run.state.step = step
+            method = run._shrunk((32, 32))  # 8 x 8 tokens, 12.3 from corner to corner with themselves
+            run.roles.use(method)
+            seen.append((method.radius, *(radius for _, radius in method.radii)))
+        run.close()
+    assert seen == [(13, 13), (10, 10), (8, 8), (5, 6), (2, 3), (2, 3)]
+
+
+def test_fewer_steps_than_were_done_are_refused(flux, config):
+    settings = config(steps=2)
+    distill(settings, pipe=flux)
+    with pytest.raises(ValueError, match=r"run is at step 2, asked are steps=1; ask for as many or more"):
+        distill(replace(settings, steps=1), pipe=flux)
 
 
 @pytest.mark.parametrize(("name", "steps", "fall"), [("flux", 30, 0.6), ("sd3", 12, 0.8), ("sd", 6, 0.85)])

@@ -1,4 +1,4 @@
-"""One process of a run, started by torchrun: `worker.py FOLDER PARALLEL`, on the samples and configuration in the folder."""
+"""One process of a run, started by torchrun: `worker.py FOLDER`, on the samples and configuration in the folder."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def main() -> None:
         if name == "fsdp":
             pipe = tiny.fresh(tiny.flux_pipeline())  # a sharded model is of no further use
         assert distill(there, pipe=pipe).finished
+    begun = replace(config, out=folder / "begun")  # by one process
+    assert distill(begun, pipe=tiny.fresh(tiny.flux_pipeline())).finished
     pipe = copy.deepcopy(tiny.flux_pipeline()).to(torch.bfloat16)
     half = replace(config, parallel="fsdp", precision="bfloat16", steps=2, out=folder / "fsdp-bfloat16")
     assert distill(half, pipe=pipe).finished

@@ -37,17 +37,13 @@ INTRO = (
 NONE = """
 #### No training was found in the folder `{root}`
 
-Start one in a terminal; it appears here by itself. First samples of the teacher, from a file with a prompt on each line:
+Start one in a terminal; it appears here by itself. In a clone of the repository, first samples of the teacher, then a training of
+about ten minutes on two CPU cores, with pictures in between:
 
 ```
-reattend distill data --model tiny-flux --prompts prompts.txt --samples 1000 --out runs/samples
-```
-
-Then the training; the last line asks for pictures in between:
-
-```
-reattend distill run --model tiny-flux --data runs/samples --out runs/clear --attention clear radius=4 \\
-  --set validate_every=100 validation_prompts="('a cat on sand', 'a blue car')"
+reattend distill data --model tiny-flux --prompts examples/distill/captions.txt --samples 1000 --steps 10 \\
+  --out runs/tiny-flux-samples
+reattend distill run examples/distill/tiny-flux.toml
 ```
 """
 
