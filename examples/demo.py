@@ -1,10 +1,11 @@
-"""What `make demo` shows on the bundled model: stock, agent and local attention from the same prompts and seeds, and a story.
+"""What `make demo` shows on the bundled models: stock, agent and local attention from the same prompts and seeds, story and film.
 
     python examples/demo.py
 
 Writes to out/demo/: every picture with its recipe, one contact sheet (sheet.png), a table of times and of what the
-reader saw in the pictures (table.md, table.json), and the story of story.json (story/strip.png). Needs no network and about
-a minute on two CPU cores.
+reader saw in the pictures (table.md, table.json), the story of story.json (story/strip.png), and a film three times as long as
+the clips its model knows (film.mp4, with some of its frames in film.png). Needs no network and about two minutes on two CPU
+cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from reattend.emoji_world.read import read, score
-from reattend.pipelines import Picture, Recipe, Script, generate, load, story
+from reattend.pipelines import Picture, Recipe, Script, Video, film_sheet, generate, load, long_video, story
 from reattend.pipelines.files import written_whole
 from reattend.ui.finding import find_emoji
 
@@ -40,6 +41,7 @@ ARMS: dict[str, tuple[dict[str, Any], ...]] = {
     "clear": ({"name": "clear", "radius": 6},),
 }
 STORY = Path(__file__).with_name("story.json")
+FILM = Recipe(prompt="a red balloon and an orange cat on sea", model="tiny-video", seed=7, video=Video(frames=48))
 SIDE, MARGIN, TEXT = 160, 8, 14  # of the contact sheet, in pixels
 
 
@@ -87,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     tale = replace(Script.read(STORY), steps=given.steps)
     story(tale, pipe=pipe, find=find_emoji).save(given.out / "story")
-    print(f"{table}\n\nPictures: {files[0]}\nStory: {given.out / 'story' / 'strip.png'}")
+    film = long_video(replace(FILM, steps=min(given.steps, 10)), given.out / "film.mp4").path
+    film_sheet(film, FILM.video.frames).save(film.with_suffix(".png"))
+    print(f"{table}\n\nPictures: {files[0]}\nStory: {given.out / 'story' / 'strip.png'}\nFilm: {film}")
 
 
 def to_row(arm: str, pictures: list[Picture], seconds: list[float]) -> Row:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reattend.pipelines import Recipe
+from reattend.pipelines import Recipe, Video
+from reattend.pipelines.film import frame_count
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -37,20 +39,23 @@ def test_image_makes_a_stock_and_an_agent_picture(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out.split() == [str(tmp_path / "stock.png"), str(tmp_path / "agent.png")]
 
 
-def test_demo_makes_pictures_a_contact_sheet_and_a_table(tmp_path, capsys, monkeypatch):
+def test_demo_makes_pictures_a_table_a_story_and_a_film(animatediff_folder, tmp_path, capsys, monkeypatch):
     demo = script("demo", monkeypatch)
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
     tale = json.loads(demo.STORY.read_text())
     tale["panels"] = [tale["panels"][0] | {"places": {"Flora": [0, 0, 0.5, 1], "Hill": [0.5, 0, 1, 1]}}]
     (tmp_path / "tale.json").write_text(json.dumps(tale))
     monkeypatch.setattr(demo, "STORY", tmp_path / "tale.json")
+    film = replace(demo.FILM, model=str(animatediff_folder), video=Video(frames=17))
+    monkeypatch.setattr(demo, "FILM", film)
     out = tmp_path / "demo"
     demo.main(["--steps", "2", "--out", str(out)])
     pictures = {f"1-{arm}.png" for arm in demo.ARMS}
     recipes = {f"{name}.json" for name in pictures}
     tables = {"sheet.png", "table.md", "table.json"}
-    assert {path.name for path in out.iterdir()} == pictures | recipes | tables | {"story"}
+    assert {path.name for path in out.iterdir()} == pictures | recipes | tables | {"story", "film.mp4", "film.mp4.json", "film.png"}
     assert Image.open(out / "story" / "strip.png").size == Image.open(out / "story" / "panel-1.png").size
+    assert frame_count(out / "film.mp4") == 17 and Image.open(out / "film.png").width > 64
     rows = json.loads((out / "table.json").read_text())["rows"]
     assert [row["attention"] for row in rows] == ["stock", "agent", "clear"]
     for row in rows:
