@@ -263,7 +263,7 @@ class _TileWise:
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of each group over the whole film, (B, groups)."""
         work, groups = self.work, self.norm.norm.num_groups
-        clips = [frame_statistics(x[a:b].to(work.device), groups) for a, b in work.clips(x.shape[0])]
+        clips = [run_part(frame_statistics, [x[a:b].to(work.device), groups], {}) for a, b in work.clips(x.shape[0])]
         own = torch.cat(clips).view(work.context.batch, work.context.frames, groups, 2)
         comm, film = work.film.comm, work.film
         if comm.size > 1:
@@ -273,7 +273,7 @@ class _TileWise:
 
 
 def run_part(forward: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """One clip through one module: all that is on the device beside the weights. A benchmark measures here."""
+    """One clip or tile through one module: all that is on the device beside the weights. A benchmark measures here."""
     return forward(*args, **kwargs)
 
 

@@ -52,8 +52,8 @@ def test_demo_makes_pictures_a_table_a_story_and_a_film(animatediff_folder, tmp_
     demo.main(["--steps", "2", "--out", str(out)])
     pictures = {f"1-{arm}.png" for arm in demo.ARMS}
     recipes = {f"{name}.json" for name in pictures}
-    tables = {"sheet.png", "table.md", "table.json"}
-    assert {path.name for path in out.iterdir()} == pictures | recipes | tables | {"story", "film.mp4", "film.mp4.json", "film.png"}
+    tables, film_files = {"sheet.png", "table.md", "table.json"}, {"film.mp4", "film.mp4.json", "film.png"}
+    assert {path.name for path in out.iterdir()} == pictures | recipes | tables | film_files | {"story"}
     assert Image.open(out / "story" / "strip.png").size == Image.open(out / "story" / "panel-1.png").size
     assert frame_count(out / "film.mp4") == 17 and Image.open(out / "film.png").width > 64
     rows = json.loads((out / "table.json").read_text())["rows"]
