@@ -1,4 +1,4 @@
-"""Ranks that make one film: are they asked for the same, and what went wrong on the one that is gone?"""
+"""Ranks that make one film: are they asked for the same, may they begin, and what went wrong on the one that is gone?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import nn
 from ..attn_processors.comm import Comm, RankLost
 from .checks import attention_in_full
 from .events import Cancelled, CancelToken
+from .files import held
 from .recipe import Recipe
 
-__all__ = ["check_alike", "named", "request_digest", "stop_wanted"]
+__all__ = ["check_alike", "held_for_all", "named", "request_digest", "stop_wanted"]
 
 
 def request_digest(recipe: Recipe, pipe: Any) -> str:
@@ -48,6 +50,31 @@ def check_alike(comm: Comm, digest: str) -> None:
                 f"rank {rank} was given another recipe or other weights than rank {comm.rank}; call all ranks alike, with "
                 "the same versions and model files"
             )
+
+
+@contextlib.contextmanager
+def held_for_all(comm: Comm, folder: Path) -> Iterator[None]:
+    """The first rank holds the folder for the length of a with block; where it cannot, no rank begins.
+
+    Raises:
+        ValueError: if another process holds the folder, or it cannot be written.
+    """
+    comm.place = "holding the folder"
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if comm.rank == 0:
+            try:
+                stack.enter_context(held(folder))
+            except (OSError, ValueError) as error:
+                refused = error
+        answer = comm.everyones(torch.tensor(refused is not None, dtype=torch.uint8))
+        if refused is not None:
+            raise refused
+        if bool(answer[0]):
+            raise ValueError(
+                f"rank 0 could not hold {folder}: mostly another process works there; see that rank's error"
+            )
+        yield
 
 
 def stop_wanted(comm: Comm, cancel: CancelToken) -> bool:

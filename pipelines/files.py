@@ -23,7 +23,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ENDINGS", "PICTURES", "check_writable", "free_path", "hold", "inside", "opened", "written_whole"]
+__all__ = ["ENDINGS", "PICTURES", "check_writable", "free_path", "held", "hold", "inside", "opened", "written_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,12 @@ def hold(folder: Path) -> IO[str]:
         ValueError: if another process holds the folder, or it cannot be written.
     """
     check_writable(folder)
+    busy = ValueError(f"another process works in {folder}; wait for its end, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a")
+    try:
+        file = (folder / LOCK).open("a")
+    except FileNotFoundError:  # the one that `held` it has just taken the folder away
+        raise busy from None
     if fcntl is None:
         return file
     try:
@@ -110,9 +114,31 @@ def hold(folder: Path) -> IO[str]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise ValueError(f"another process works in {folder}; wait for its end, or choose another folder") from None
+            raise busy from None
         log.warning("%s cannot be locked (%s): start nothing else that writes there", folder, error.strerror)
+    if not os.fstat(file.fileno()).st_nlink:  # the same, between our opening and our locking
+        file.close()
+        raise busy
     return file
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`hold` a folder for the length of a with block, in which it may be removed; nothing but what was put there is left.
+
+    Raises:
+        ValueError: as `hold` does.
+    """
+    file = hold(folder)
+    try:
+        yield
+    finally:
+        if fcntl is None:
+            file.close()  # Windows removes no open file
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)  # before the lock is given back: else it could be another's
+            folder.rmdir()  # fails if anything else is there
+        file.close()
 
 
 def opened(path: str | Path, what: str = "reference picture") -> Image.Image:

@@ -26,7 +26,7 @@ from ..attn_processors.comm import Comm, Span
 from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
-from .agreement import check_alike, named, request_digest, stop_wanted
+from .agreement import check_alike, held_for_all, named, request_digest, stop_wanted
 from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
@@ -107,7 +107,8 @@ def long_video(
     Raises:
         Cancelled: if `cancel` was requested.
         ValueError: for a recipe without video, a pipeline that makes no films, too much text, pictures that are
-            missing or too many, ranks that were called differently, an unfinished film of another recipe at `out`.
+            missing or too many, ranks that were called differently, an unfinished film of another recipe at `out`, another
+            process that makes this very film.
         TypeError: for something in place of pictures.
         RankLost: another rank is gone or did not answer in time; it is named.
         RuntimeError: if the model computed no pictures (not-a-number values).
@@ -141,7 +142,8 @@ def long_video(
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0
         check_alike(control, digest)
-        with told_memory(f"{clip} frames of {recipe.width} x {recipe.height} pixels", "a smaller clip or size"):
+        spared = told_memory(f"{clip} frames of {recipe.width} x {recipe.height} pixels", "a smaller clip or size")
+        with held_for_all(control, checkpoint.parts_folder(out)), spared:
             making = _Making(recipe, pipe, given, out, digest, control, cancel, began, save_every, on_step)
             latents, film = making.denoise(clip, comm)
             making.write(latents, film)

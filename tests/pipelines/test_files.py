@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 from holding import held_elsewhere
 
 from reattend.pipelines import files
-from reattend.pipelines.files import check_writable, free_path, hold, written_whole
+from reattend.pipelines.files import check_writable, free_path, held, hold, written_whole
 
 
 def test_files_appear_together_at_the_end(tmp_path):
@@ -72,3 +73,30 @@ def test_a_folder_is_held_by_one_process_until_it_ends_in_whatever_way(tmp_path,
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file, not a folder"):
         hold(tmp_path / "file" / "a")
+
+
+def test_a_folder_that_was_held_for_a_block_keeps_what_was_put_there_and_no_lock(tmp_path):
+    folder = tmp_path / "film.parts"
+    with held(folder):
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert not folder.exists()
+    with held(folder):
+        (folder / "step").touch()
+    assert [path.name for path in folder.iterdir()] == ["step"]
+    with held(folder):
+        shutil.rmtree(folder)
+    assert not folder.exists()
+
+
+def test_a_lock_that_was_taken_away_in_between_is_none(tmp_path, monkeypatch):
+    plain = files.fcntl.lockf
+
+    def late(file, how):
+        (tmp_path / ".lock").unlink()  # as the one that held it does at its end
+        plain(file, how)
+
+    monkeypatch.setattr(files.fcntl, "lockf", late)
+    with pytest.raises(ValueError, match="another process works in"):
+        hold(tmp_path)
+    monkeypatch.undo()
+    hold(tmp_path).close()

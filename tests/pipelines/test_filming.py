@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 from films import close, make, make_on_ranks
+from holding import held_elsewhere
 
 from reattend.attn_processors import dual_scope, install
 from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.attn_processors.families import family_of
-from reattend.pipelines import Recipe, Video, filming, long_video, stream, writing
+from reattend.pipelines import Recipe, Video, agreement, filming, long_video, stream, writing
 from reattend.pipelines import long_video as package_long_video
 from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.borrowing import Schedule
@@ -249,6 +250,21 @@ def test_an_unfinished_film_of_another_recipe_or_model_is_not_touched(animatedif
         make(animatediff, recipe(), out)
     manifest = json.loads(next(parts_folder(out).glob("*/manifest.json")).read_text())
     assert manifest["recipe"]["seed"] == 5 and manifest["step"] == 1
+
+
+def test_a_film_that_another_process_makes_is_left_to_it_and_all_ranks_are_told(animatediff, tmp_path, monkeypatch):
+    out, said = tmp_path / "cat.mp4", []
+    with held_elsewhere(parts_folder(out)):
+        with pytest.raises(ValueError, match=r"another process works in .*cat.mp4.parts; wait for its end"):
+            make(animatediff, recipe(), out)
+        plain = agreement.Comm.tell
+        monkeypatch.setattr(agreement.Comm, "tell", lambda self, word: said.append(word) or plain(self, word))
+        with pytest.raises(ValueError, match="another process works in|rank 0 could not hold"):
+            make_on_ranks(monkeypatch, 2, recipe(), out)
+        monkeypatch.undo()
+    assert len(said) == 2 and not out.exists() and not partial(out).exists()
+    make(animatediff, recipe(), out)
+    assert out.exists() and not parts_folder(out).exists()
 
 
 def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):
