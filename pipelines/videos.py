@@ -40,7 +40,8 @@ class Video:
         frames: in all.
         fps: frames per second of the file; changes nothing in the frames.
         later: (frame, prompt) pairs: from that frame on the film shows this; frames grow.
-        blend: frames over which a prompt takes over from the one before; 0 = at once.
+        blend: frames over which a prompt takes over from the one before; 0 = at once. At most as many as there are from one
+            later prompt to the next.
         strength: how much of the film it is made from may change, above 0 up to 1; for video-to-video.
         controlnet_conditioning_scale: how closely it follows its conditioning frames; for pipelines with a ControlNet.
         controlnet_frame_indices: frames it has pictures for, where the ControlNet is a sparse one; empty: the pipeline's own.
@@ -86,6 +87,11 @@ class Video:
                 raise ValueError(
                     f"a later prompt begins at frame {frame}, need frames that grow, from 1 to {self.frames - 1}; "
                     "the first prompt is the recipe's own"
+                )
+            if before and self.blend > frame - before:
+                raise ValueError(
+                    f"blend is {self.blend} frames, but the prompts from frames {before} and {frame} are {frame - before} "
+                    "apart, so one change would begin before the other has ended; give a smaller blend"
                 )
             before = frame
         object.__setattr__(self, "later", tuple((frame, prompt) for frame, prompt in self.later))

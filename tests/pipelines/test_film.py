@@ -226,6 +226,8 @@ def test_bad_names_frames_and_files_get_one_sentence(tmp_path):
         ({"later": ((5, "a dog"), (5, "a cat"))}, "need frames that grow"),
         ({"later": ((64, "a dog"),)}, "need frames that grow, from 1 to 63"),
         ({"later": ((5, " "),)}, "is empty"),
+        ({"later": ((5, "a dog"), (8, "a cow")), "blend": 4}, "blend is 4 frames, .* from frames 5 and 8 are 3 apart"),
+        ({"later": ((5, "a"), (20, "b"), (22, "c")), "blend": 15}, "blend is 15 frames, .* 20 and 22 are 2 apart"),
     ],
 )
 def test_bad_videos_get_one_sentence(settings, problem):
@@ -243,6 +245,13 @@ def test_prompts_take_over_at_once_or_little_by_little():
     assert [round(video.weights(i)[-1][1], 2) for i in range(4, 8)] == [0.25, 0.5, 0.75, 1.0]
     assert video.weights(4) == ((0, 0.75), (1, 0.25)) and video.weights(10)[0] == (1, 0.75)
     assert Video(frames=20, later=((4, "b"),)).weights(4) == ((1, 1.0),)
+
+
+def test_no_change_that_is_as_long_as_allowed_makes_a_prompt_jump():
+    video = Video(frames=12, later=((2, "b"), (5, "c"), (10, "d")), blend=3)  # more than before 2 or after 10
+    for frame in range(1, 12):
+        now, before = dict(video.weights(frame)), dict(video.weights(frame - 1))
+        assert all(abs(now.get(i, 0) - before.get(i, 0)) < 0.25 + 1e-9 for i in range(4))
 
 
 def test_a_video_survives_json():
