@@ -12,6 +12,7 @@ many ranks want them. Rows are only moved, so the result is the same to the last
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor
 __all__ = ["Comm", "RankLost", "Span", "rounds", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
-TROUBLE = "reattend/trouble"  # key in the store of the process group
+TROUBLE = "reattend/trouble"  # begins the keys in the store of the process group
+_jobs: Counter[str] = Counter()  # begun so far in each process group
 
 
 class RankLost(RuntimeError):
@@ -75,6 +77,7 @@ class Comm:
         group: a torch process group; None = the default one, or no group at all with one rank.
         sent: bytes sent so far.
         place: what this rank is doing, named when another one does not answer.
+        job: of all that the group does, the same on every rank; words of trouble belong to one.
     """
 
     rank: int = 0
@@ -82,13 +85,19 @@ class Comm:
     group: Any = None
     sent: int = field(default=0, compare=False)
     place: str = field(default="", compare=False)
+    job: str = field(default="", compare=False)
 
     @classmethod
     def of_group(cls, group: Any = None) -> Comm:
-        """The ranks of a process group, by default all of them; one rank where torch.distributed was not started."""
+        """The ranks of a process group, by default all of them; one rank where torch.distributed was not started.
+
+        All ranks call it alike, once for each job.
+        """
         if not dist.is_available() or not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        name = (group or dist.group.WORLD).group_name
+        _jobs[name] += 1
+        return cls(dist.get_rank(group), dist.get_world_size(group), group, job=f"{name}/{_jobs[name]}")
 
     def collect(self, own: Tensor, parts: Sequence[Span], wanted: Sequence[Span], dim: int = 1) -> Tensor:
         """The rows this rank wants, put together from their owners; every rank calls it with the same lists.
@@ -189,7 +198,7 @@ class Comm:
             return None
         try:
             store = dist.distributed_c10d._get_default_store()
-            return store.compare_set(TROUBLE, "", trouble).decode()
+            return store.compare_set(f"{TROUBLE}/{self.job}", "", trouble).decode()
         except (RuntimeError, ValueError):  # the host of the store is gone, too
             return None
 

@@ -114,12 +114,12 @@ def long_video(
         RuntimeError: if the model computed no pictures (not-a-number values).
         MemoryError: if a clip is too large for the memory there is.
     """
+    comm = Comm.of_group()  # first of all: it counts the films, alike on ranks that go no further
     out, began, cancel = Path(out), time.monotonic(), cancel or CancelToken()
     cancel.check()
     check_film_path(out)
     check_writable(out)
     require_ffmpeg()
-    comm = Comm.of_group()
     if recipe.video is None:
         raise ValueError("the recipe has no video; give it one: Recipe(prompt=..., video=Video(frames=64))")
     if recipe.upscale is not None:

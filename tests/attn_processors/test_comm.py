@@ -90,6 +90,28 @@ def test_three_processes_get_what_threads_get():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+TWO_JOBS = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+from reattend.attn_processors.comm import Comm
+pairs = [dist.new_group([0, 1]), dist.new_group([2])]
+if dist.get_rank() == 2:
+    Comm.of_group(pairs[1])  # a job of its own
+for number in range(2):
+    comm = Comm.of_group()
+    first = comm.tell(f"trouble {number}")
+    assert first == f"trouble {number}", first
+    assert comm.tell("later trouble") == first
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_words_of_trouble_are_those_of_the_job():
+    done = forked(3, TWO_JOBS, ["torch", "torch.distributed", "reattend.attn_processors.comm"])
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("rank", range(3))
 def test_a_rank_that_brings_other_rows_than_its_own_is_told(rank):
     with pytest.raises(ValueError, match=f"rank {rank} owns rows {rank} to {rank + 1}, got 2 of them"):
