@@ -167,7 +167,7 @@ class Comm:
             operations.append(dist.P2POp(dist.isend if way == "to" else dist.irecv, tensor, peer, self.group))
         try:
             requests = dist.batch_isend_irecv(operations)
-        except (RuntimeError, ValueError) as problem:
+        except RuntimeError as problem:
             raise RankLost(self._lost([other for _, other, _ in messages], problem)) from problem
         coalesced = len(requests) != len(messages)  # NCCL answers once for all
         for i, request in enumerate(requests):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..attn_processors.comm import Comm, RankLost
@@ -20,7 +21,7 @@ from .events import Cancelled, CancelToken
 from .files import held
 from .recipe import Recipe
 
-__all__ = ["check_alike", "held_for_all", "named", "request_digest", "stop_wanted"]
+__all__ = ["check_alike", "check_backends", "held_for_all", "named", "request_digest", "stop_wanted"]
 
 
 def request_digest(recipe: Recipe, pipe: Any) -> str:
@@ -38,6 +39,21 @@ def request_digest(recipe: Recipe, pipe: Any) -> str:
                 added = int(value.detach().view(bits[value.element_size()]).sum(dtype=torch.int64))
                 total.update(f"{part}.{name} {tuple(value.shape)} {added}".encode())
     return total.hexdigest()
+
+
+def check_backends(comm: Comm, device: torch.device) -> None:
+    """Raise ValueError if the process group cannot carry tensors of the host, or those of the device the film is made on."""
+    if comm.size == 1 or not dist.is_initialized():
+        return
+    config = dist.get_backend_config(comm.group)
+    carriers = dict(pair.split(":") for pair in config.split(","))
+    host, card = "cpu" in carriers, device.type in carriers and (device.type, carriers[device.type]) != ("cuda", "gloo")
+    if not (host and card):
+        raise ValueError(
+            f"a film on {device.type} sends tensors of {' and '.join(dict.fromkeys(('cpu', device.type)))}, which the "
+            f"process group cannot do: got {config!r}; start it with init_process_group('cpu:gloo,cuda:nccl'), without CUDA "
+            "with 'gloo'"
+        )
 
 
 def check_alike(comm: Comm, digest: str) -> None:

@@ -26,7 +26,7 @@ from ..attn_processors.comm import Comm, Span
 from ..attn_processors.installer import patched
 from ..attn_processors.ops.scopes import Clip
 from . import checkpoint
-from .agreement import check_alike, held_for_all, named, request_digest, stop_wanted
+from .agreement import check_alike, check_backends, held_for_all, named, request_digest, stop_wanted
 from .borrowing import Schedule, TextOfFrames, join_controlnet
 from .checks import complete_attention
 from .events import Cancelled, CancelToken, StepEvent
@@ -86,8 +86,10 @@ def long_video(
 ) -> Film:
     """Make the film that `recipe` describes. The number of ranks changes who computes, never what.
 
-    Under torch.distributed every rank calls alike, with a seed in the recipe; all of them see the folder of `out`. A film
-    that was stopped or died is in `out` + ".parts"; the same call goes on with it.
+    Under torch.distributed every rank calls alike, with a seed in the recipe; all of them see the folder of `out`. The
+    process group needs gloo for tensors of the host and, on CUDA, NCCL for those of the card: "cpu:gloo,cuda:nccl". Set
+    TORCH_NCCL_BLOCKING_WAIT=1 before that is started: else a frozen rank ends the others from within torch, without a name.
+    A film that was stopped or died is in `out` + ".parts"; the same call goes on with it.
 
     Args:
         recipe: what to make; `recipe.video` says how long. Without dual-scope in its attention, that is added.
@@ -107,8 +109,8 @@ def long_video(
     Raises:
         Cancelled: if `cancel` was requested.
         ValueError: for a recipe without video, a pipeline that makes no films, too much text, pictures that are
-            missing or too many, ranks that were called differently, an unfinished film of another recipe at `out`, another
-            process that makes this very film.
+            missing or too many, ranks that were called differently, a process group without the backends it needs, an
+            unfinished film of another recipe at `out`, another process that makes this very film.
         TypeError: for something in place of pictures.
         RankLost: another rank is gone or did not answer in time; it is named.
         RuntimeError: if the model computed no pictures (not-a-number values).
@@ -138,6 +140,7 @@ def long_video(
         given = {"video": video, "conditioning_frames": conditioning_frames, "ip_adapter_image": ip_adapter_image}
         recipe = filled_in(recipe, pipe, given, cancel if comm.size == 1 else None)
         check_fits(recipe)
+        check_backends(comm, device_of(pipe.unet))
         digest = request_digest(recipe, pipe)
         control = copy.copy(comm)  # counts its own bytes
         control.sent = 0

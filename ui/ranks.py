@@ -82,6 +82,8 @@ def joined(timeout: float | None = None) -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
+    # NCCL's wait() lets the host go on, and torch then aborts the process where a rank is frozen; this waits and raises.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # small messages lie on the CPU
     dist.init_process_group(backend, timeout=TIMEOUT if timeout is None else datetime.timedelta(seconds=timeout))
     try:

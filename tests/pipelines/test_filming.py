@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import time
@@ -265,6 +266,39 @@ def test_a_film_that_another_process_makes_is_left_to_it_and_all_ranks_are_told(
     assert len(said) == 2 and not out.exists() and not partial(out).exists()
     make(animatediff, recipe(), out)
     assert out.exists() and not parts_folder(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "enough"),
+    [
+        ("cpu", "cpu:gloo", True),
+        ("cpu", "cpu:gloo,cuda:gloo", True),
+        ("cuda", "cpu:gloo,cuda:nccl", True),
+        ("cpu", "cuda:nccl", False),
+        ("cuda", "cuda:nccl", False),  # what all ranks agree on lies on the host
+        ("cuda", "cpu:gloo", False),
+        ("cuda", "cpu:gloo,cuda:gloo", False),  # gloo sends nothing of a card from rank to rank
+    ],
+)
+def test_a_process_group_without_the_backends_is_told_before_anything_is_sent(device, config, enough, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
+    agreement.check_backends(filming.Comm(), torch.device(device))  # one rank sends nothing
+    words = rf"on {device} sends tensors of .* got '{config}'; start it with init_process_group\('cpu:gloo,cuda:nccl'\)"
+    with contextlib.nullcontext() if enough else pytest.raises(ValueError, match=words):
+        agreement.check_backends(filming.Comm(0, 2), torch.device(device))
+
+
+def test_a_film_asks_for_the_backends_of_its_process_group(animatediff, tmp_path, monkeypatch):
+    where = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("cpu:gloo", init_method=where, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
+        monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: filming.Comm(0, 2))
+        with pytest.raises(ValueError, match="a film on cpu sends tensors of cpu, which the process group cannot do"):
+            make(animatediff, recipe(), tmp_path / "cat.mp4")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import tiny
+import torch.distributed as dist
 from PIL import Image
 
 from reattend.pipelines import Recipe, generate
@@ -23,6 +25,33 @@ def test_one_process_is_left_alone():
         assert ranks == Ranks() and ranks.speaks and not ranks.split
         assert ranks.device("cuda:3") == "cuda:3" and ranks.device(None) is None
         assert ranks.seeded(recipe) is recipe
+
+
+class Started(Exception):
+    """In place of a process group."""
+
+
+@pytest.fixture
+def starting(monkeypatch) -> None:
+    """Two processes that torchrun started on this host, of which this is the second; they get no further than to a group."""
+
+    def group(backend, **kwargs):
+        raise Started(backend, os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+
+    monkeypatch.setattr(dist, "init_process_group", group)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_NCCL_BLOCKING_WAIT"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_messages_between_cards_are_waited_for_unless_one_says_otherwise(given, starting, monkeypatch):
+    if given is not None:
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", given)
+    with pytest.raises(Started) as asked, joined():
+        pass
+    assert asked.value.args[1] == (given or "1")
 
 
 def test_two_processes_make_and_write_the_picture_of_one(tmp_path):
