@@ -89,7 +89,7 @@ class Data:
         elif self.pictures is not None:
             captioned_pictures(self.pictures)  # raises before the model is loaded
         quiet_libraries()
-        with joined(timeout=LONGEST) as ranks:
+        with joined(self.device, LONGEST) as ranks:
             pipe = load(self.model, device=ranks.device(self.device), dtype=self.dtype)
             pipe.set_progress_bar_config(disable=True)
             silent = None if ranks.speaks else True

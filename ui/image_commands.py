@@ -75,7 +75,7 @@ class Image:
         from ..pipelines.picture import size_endings
 
         make = generate if recipe.upscale is None else upscale
-        with joined() as ranks:
+        with joined(self.device) as ranks:
             pipe = load(recipe.model, device=ranks.device(self.device), dtype=recipe.dtype)
             with Bar(silent=not ranks.speaks) as bar:
                 picture = make(ranks.seeded(recipe), pipe=pipe, on_step=bar, split=ranks.split)

@@ -68,10 +68,15 @@ class Ranks:
 
 
 @contextmanager
-def joined(timeout: float | None = None) -> Iterator[Ranks]:
+def joined(wanted: str | None, timeout: float | None = None) -> Iterator[Ranks]:
     """Join the processes torchrun started, for the length of a with block.
 
-    timeout: seconds without an answer after which a rank counts as lost; None = TIMEOUT.
+    Args:
+        wanted: the device to work on; None = CUDA where there is one.
+        timeout: seconds without an answer after which a rank counts as lost; None = TIMEOUT.
+
+    Raises:
+        ValueError: if this host has more processes than GPUs, and these are wanted.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks()
@@ -80,11 +85,18 @@ def joined(timeout: float | None = None) -> Iterator[Ranks]:
     import torch.distributed as dist
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    on_cards = torch.cuda.is_available() and (wanted or "cuda").partition(":")[0] == "cuda"
+    if on_cards:
+        here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+        if here > cards:
+            raise ValueError(
+                f"this host has {here} processes, {cards} GPUs; start at most {cards} (--nproc-per-node {cards}), or use "
+                "--device cpu"
+            )
         torch.cuda.set_device(local)
     # NCCL's wait() lets the host go on, and torch then aborts the process where a rank is frozen; this waits and raises.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # small messages lie on the CPU
+    backend = "cpu:gloo,cuda:nccl" if on_cards else "gloo"  # small messages lie on the CPU
     dist.init_process_group(backend, timeout=TIMEOUT if timeout is None else datetime.timedelta(seconds=timeout))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local)

@@ -118,7 +118,7 @@ class Video(Image):
         quiet_libraries()
         from ..pipelines import load, long_video
 
-        with joined(self.timeout) as ranks:
+        with joined(self.device, self.timeout) as ranks:
             recipe = ranks.seeded(recipe)
             if recipe.seed is None:
                 recipe = replace(recipe, seed=secrets.randbelow(2**32))

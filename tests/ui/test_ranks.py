@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+import torch
 import torch.distributed as dist
 from PIL import Image
 
@@ -21,7 +22,7 @@ SPLIT = ["--width", "48", "--height", "64", "--steps", "2", "--attention", "clea
 
 def test_one_process_is_left_alone():
     recipe = Recipe(prompt="a cat on sand")
-    with joined() as ranks:
+    with joined(None) as ranks:
         assert ranks == Ranks() and ranks.speaks and not ranks.split
         assert ranks.device("cuda:3") == "cuda:3" and ranks.device(None) is None
         assert ranks.seeded(recipe) is recipe
@@ -49,9 +50,29 @@ def starting(monkeypatch) -> None:
 def test_messages_between_cards_are_waited_for_unless_one_says_otherwise(given, starting, monkeypatch):
     if given is not None:
         monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", given)
-    with pytest.raises(Started) as asked, joined():
+    with pytest.raises(Started) as asked, joined(None):
         pass
     assert asked.value.args[1] == (given or "1")
+
+
+def test_processes_on_a_cpu_want_no_cards_and_those_on_cards_one_each(starting, monkeypatch):
+    taken, cards = [], 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with pytest.raises(Started) as asked, joined("cpu"):
+        pass
+    assert asked.value.args[0] == "gloo" and not taken
+    for wanted in (None, "cuda"):
+        with (
+            pytest.raises(ValueError, match="2 processes, 1 GPUs; start at most 1 .*, or use --device cpu"),
+            joined(wanted),
+        ):
+            pass
+    cards = 2
+    with pytest.raises(Started) as asked, joined("cuda"):
+        pass
+    assert asked.value.args[0] == "cpu:gloo,cuda:nccl" and taken == [1]
 
 
 def test_two_processes_make_and_write_the_picture_of_one(tmp_path):
