@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..attn_processors.comm import Comm, RankLost
 from .checks import attention_in_full
@@ -23,22 +23,47 @@ from .recipe import Recipe
 
 __all__ = ["check_alike", "check_backends", "held_for_all", "named", "request_digest", "stop_wanted"]
 
+WORD, COLUMNS = 8, 1024  # bytes that are summed as one number, and numbers in a row of them
+
 
 def request_digest(recipe: Recipe, pipe: Any) -> str:
-    """Of the request and the weights, the same on every device."""
+    """Of the request, the weights and what is switched on beside them, the same on every device."""
     total = hashlib.sha256(replace(recipe, made_with={}).to_json().encode())
     total.update(json.dumps(attention_in_full(recipe.attention)).encode())
     settings = {
         k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")
     }  # notes are in no order
     total.update(f"{type(pipe).__name__} {type(pipe.scheduler).__name__} {settings}".encode())
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for part, model in sorted(pipe.components.items()):
         if isinstance(model, nn.Module):
+            for line in _switches(model):
+                total.update(f"{part}.{line}".encode())
             for name, value in model.named_parameters():
-                added = int(value.detach().view(bits[value.element_size()]).sum(dtype=torch.int64))
-                total.update(f"{part}.{name} {tuple(value.shape)} {added}".encode())
+                total.update(f"{part}.{name} {tuple(value.shape)} ".encode() + _sums(value))
     return total.hexdigest()
+
+
+def _switches(model: nn.Module) -> Iterator[str]:
+    """What changes a model's pictures and is in no weight: adapters, as PEFT keeps them, and FreeU."""
+    for name, layer in model.named_modules():
+        if isinstance(scales := getattr(layer, "scaling", None), dict) and hasattr(layer, "active_adapters"):
+            active = [(adapter, scales.get(adapter)) for adapter in layer.active_adapters]
+            yield f"{name} adapters {[] if layer.disable_adapters else active}"
+    for i, block in enumerate(getattr(model, "up_blocks", ())):
+        free_u = [getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")]
+        if free_u != [None] * 4:
+            yield f"up_blocks.{i} FreeU {free_u}"
+
+
+@torch.no_grad()
+def _sums(value: Tensor) -> bytes:
+    """Of a tensor's bits, by rows and by columns, so that they are others if weights change places; cheap on every device."""
+    bits = value.detach().contiguous().flatten().view(torch.uint8)
+    if bits.storage_offset() % WORD:
+        bits = bits.clone()
+    end = len(bits) // (WORD * COLUMNS) * WORD * COLUMNS
+    table = bits[:end].view(torch.int64).view(-1, COLUMNS)
+    return b"".join(piece.cpu().numpy().tobytes() for piece in (table.sum(0), table.sum(1), bits[end:]))
 
 
 def check_backends(comm: Comm, device: torch.device) -> None:

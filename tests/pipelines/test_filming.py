@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import time
@@ -14,14 +13,12 @@ import pytest
 import tiny
 import torch
 from films import close, make, make_on_ranks
-from holding import held_elsewhere
 
-from reattend.attn_processors import dual_scope, install
+from reattend.attn_processors import install
 from reattend.attn_processors.comm import RankLost, split_rows
 from reattend.attn_processors.families import family_of
-from reattend.pipelines import Recipe, Video, agreement, filming, long_video, stream, writing
+from reattend.pipelines import Recipe, Video, filming, long_video, stream, writing
 from reattend.pipelines import long_video as package_long_video
-from reattend.pipelines.agreement import request_digest
 from reattend.pipelines.borrowing import Schedule
 from reattend.pipelines.checkpoint import Moment, latest, parts_folder
 from reattend.pipelines.film import frame_count, partial
@@ -251,76 +248,6 @@ def test_an_unfinished_film_of_another_recipe_or_model_is_not_touched(animatedif
         make(animatediff, recipe(), out)
     manifest = json.loads(next(parts_folder(out).glob("*/manifest.json")).read_text())
     assert manifest["recipe"]["seed"] == 5 and manifest["step"] == 1
-
-
-def test_a_film_that_another_process_makes_is_left_to_it_and_all_ranks_are_told(animatediff, tmp_path, monkeypatch):
-    out, said = tmp_path / "cat.mp4", []
-    with held_elsewhere(parts_folder(out)):
-        with pytest.raises(ValueError, match=r"another process works in .*cat.mp4.parts; wait for its end"):
-            make(animatediff, recipe(), out)
-        plain = agreement.Comm.tell
-        monkeypatch.setattr(agreement.Comm, "tell", lambda self, word: said.append(word) or plain(self, word))
-        with pytest.raises(ValueError, match="another process works in|rank 0 could not hold"):
-            make_on_ranks(monkeypatch, 2, recipe(), out)
-        monkeypatch.undo()
-    assert len(said) == 2 and not out.exists() and not partial(out).exists()
-    make(animatediff, recipe(), out)
-    assert out.exists() and not parts_folder(out).exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "config", "enough"),
-    [
-        ("cpu", "cpu:gloo", True),
-        ("cpu", "cpu:gloo,cuda:gloo", True),
-        ("cuda", "cpu:gloo,cuda:nccl", True),
-        ("cpu", "cuda:nccl", False),
-        ("cuda", "cuda:nccl", False),  # what all ranks agree on lies on the host
-        ("cuda", "cpu:gloo", False),
-        ("cuda", "cpu:gloo,cuda:gloo", False),  # gloo sends nothing of a card from rank to rank
-    ],
-)
-def test_a_process_group_without_the_backends_is_told_before_anything_is_sent(device, config, enough, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
-    agreement.check_backends(filming.Comm(), torch.device(device))  # one rank sends nothing
-    words = rf"on {device} sends tensors of .* got '{config}'; start it with init_process_group\('cpu:gloo,cuda:nccl'\)"
-    with contextlib.nullcontext() if enough else pytest.raises(ValueError, match=words):
-        agreement.check_backends(filming.Comm(0, 2), torch.device(device))
-
-
-def test_a_film_asks_for_the_backends_of_its_process_group(animatediff, tmp_path, monkeypatch):
-    where = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("cpu:gloo", init_method=where, rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
-        monkeypatch.setattr(filming.Comm, "of_group", lambda group=None: filming.Comm(0, 2))
-        with pytest.raises(ValueError, match="a film on cpu sends tensors of cpu, which the process group cannot do"):
-            make(animatediff, recipe(), tmp_path / "cat.mp4")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_ranks_that_disagree_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"rank . was given another recipe or other weights than rank"):
-        make_on_ranks(monkeypatch, 2, lambda rank: recipe(seed=rank), tmp_path / "cat.mp4")
-
-
-def test_the_digest_does_not_depend_on_the_order_of_a_set():
-    pipe = tiny.fresh(tiny.animatediff())
-    found = set()
-    for notes in (["a", "b", "c"], ["c", "a", "b"]):  # diffusers lists a set, in the order of this process
-        pipe.scheduler.register_to_config(_use_default_values=notes)
-        assert pipe.scheduler.config["_use_default_values"] == notes
-        found.add(request_digest(recipe(), pipe))
-    pipe.scheduler.register_to_config(beta_end=0.5)
-    assert len(found) == 1 and request_digest(recipe(), pipe) not in found
-
-
-def test_the_digest_changes_with_phases_that_are_left_to_the_default(animatediff, monkeypatch):
-    before = request_digest(recipe(), animatediff)
-    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))
-    assert request_digest(recipe(), animatediff) != before
 
 
 def test_a_rank_that_is_gone_is_named_with_the_step(animatediff, tmp_path, monkeypatch):
