@@ -157,6 +157,17 @@ def test_places_are_those_of_a_window_encoded_anew_for_every_query():
     assert own_slots(scopes, (0, 30), torch.device("cpu")).tolist() == [0, 1, 2, *[3] * 23, 4, 5, 6, 7]
 
 
+def test_slots_are_worked_out_once_and_serve_gradients_too():
+    scopes, table = Scopes(29, 8, 5), nn.Parameter(torch.zeros(8, 2))
+    with torch.inference_mode():
+        own = own_slots(scopes, (0, 29), torch.device("cpu"))
+        seen = slots_of(scopes, (0, 29), range(29), torch.device("cpu"))
+    assert own_slots(scopes, (0, 29), torch.device("cpu")) is own
+    assert slots_of(scopes, (0, 29), range(29), torch.device("cpu")) is seen
+    (table[own].sum() + table[seen].sum()).backward()
+    assert table.grad.sum() == 2 * (29 + 29 * 29)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_statistics_of_parts_are_those_of_the_whole(mean):
     x = mean + torch.randn(2, 7, 8, 3, 5, generator=torch.Generator().manual_seed(0))  # (B, F, C, H, W)
