@@ -27,7 +27,8 @@ class StepEvent:
     Attributes:
         step: steps done so far, 1 to `steps`.
         steps: steps in all, as the scheduler counts them.
-        latents: the latents after this step, on the denoiser's device; read them only for a preview, change nothing.
+        latents: the latents after this step, on the denoiser's device; of a film this rank's frames, in host memory unless
+            the pipeline is offloaded. Read them only for a preview, change nothing.
         clip: index of the clip, 0 for a picture.
         clips: clips in all, 1 for a picture.
         stage: index of the stage, 0 unless a picture is made in several sizes; steps count over all of them.
@@ -50,7 +51,10 @@ class StepEvent:
 
 
 class Cancelled(Exception):
-    """The job was stopped on request; nothing was written and the pipeline can be used again."""
+    """The job was stopped on request and the pipeline can be used again.
+
+    Nothing was written, but of a film that had begun: its checkpoints are kept, and the part of the file that plays.
+    """
 
 
 class CancelToken:
