@@ -92,7 +92,7 @@ def distill(
                 if isinstance(part, torch.nn.Module) and part is not denoising_of(pipe).model:
                     part.to("cpu")
         stop = cancel or CancelToken()
-        with stoppable(stop, lambda: log.warning("stopping after this step")):
+        with stoppable(stop, lambda _: log.warning("stopping after this step")):
             run = Run(config, pipe, samples, ranks)
             try:
                 return run.train(on_step, stop)

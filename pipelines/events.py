@@ -79,8 +79,11 @@ class CancelToken:
 
 
 @contextlib.contextmanager
-def stoppable(token: CancelToken, say: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C or SIGTERM requests the token and calls `say`, for the length of a with block; a second one stops at once."""
+def stoppable(token: CancelToken, say: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Ctrl-C or SIGTERM requests the token, for the length of a with block; a second one stops at once.
+
+    say: called with the signal that asked.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield
         return
@@ -89,7 +92,7 @@ def stoppable(token: CancelToken, say: Callable[[], None]) -> Iterator[None]:
         if token.requested:
             raise KeyboardInterrupt
         token.request()
-        say()
+        say(signal.Signals(number))
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

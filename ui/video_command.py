@@ -6,6 +6,7 @@ import inspect
 import json as json_text
 import secrets
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -221,6 +222,11 @@ def _later(words: tuple[str, ...]) -> tuple[int, str]:
     return int(words[0]), words[1]
 
 
-def _keeping(ranks: Ranks) -> None:
-    if ranks.speaks:
-        print("\nreattend: stopping and keeping what is done; Ctrl-C once more stops at once", file=sys.stderr)
+def _keeping(ranks: Ranks, asked: signal.Signals) -> None:
+    if not ranks.speaks:
+        return
+    if asked == signal.SIGINT:
+        said = "stopping and keeping what is done; Ctrl-C once more stops at once"
+    else:  # also torchrun's to those that are left when one process is gone
+        said = "asked to end; what is done is kept where all processes are still there"
+    print(f"\nreattend: {said}", file=sys.stderr)

@@ -23,6 +23,7 @@ from reattend.pipelines import Recipe, Video
 from reattend.pipelines.checkpoint import latest, parts_folder
 from reattend.ui import video_command
 from reattend.ui.cli import main
+from reattend.ui.ranks import Ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SHORT = [
@@ -230,6 +231,16 @@ def test_pictures_and_films_do_not_take_each_others_recipes(alone, folder, sd_fo
     assert "the recipe is that of a film" in capsys.readouterr().err
     assert main(["video", "a cat", "--model", str(sd_folder), "--out", str(tmp_path)]) == 2
     assert "makes no film; use an AnimateDiff pipeline" in capsys.readouterr().err
+
+
+def test_only_ctrl_c_is_told_of_ctrl_c(capsys):
+    video_command._keeping(Ranks(), signal.SIGINT)
+    assert "keeping what is done; Ctrl-C once more stops at once" in capsys.readouterr().err
+    video_command._keeping(Ranks(), signal.SIGTERM)  # as of torchrun when another process has died
+    said = capsys.readouterr().err
+    assert "asked to end" in said and "Ctrl-C" not in said
+    video_command._keeping(Ranks(1, 2), signal.SIGTERM)
+    assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(alone, folder, tmp_path, capsys, monkeypatch):
