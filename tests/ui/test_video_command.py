@@ -217,6 +217,11 @@ def test_pictures_for_the_nets_of_a_model(tmp_path, monkeypatch, capsys):
         "takes pictures for a few frames, which do not tell how long the film is; give --frames"
         in capsys.readouterr().err
     )
+    (poses / "1.png").rename(tmp_path / "1.png")
+    assert main([*argv, str(poses), "--frames", "3"]) == 0  # one picture, which is the first frame's
+    made = Recipe.read(out).video
+    assert made.frames == 3 and made.controlnet_frame_indices == (0,)
+    (tmp_path / "1.png").rename(poses / "1.png")
     assert main([*argv, str(empty)]) == 2
     assert f"the folder {empty} holds no pictures" in capsys.readouterr().err
     monkeypatch.setattr("reattend.pipelines.load", lambda *_, **__: one)
