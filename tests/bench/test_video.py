@@ -15,7 +15,7 @@ from reattend.bench import video
 from reattend.bench.measure import Run
 from reattend.pipelines.stream import streamed
 
-RANKED = {"frames": 64, "seconds_per_frame_and_step": 0.1, "sent": 10, "foretold": 12}
+RANKED = {"device": "cpu", "frames": 64, "seconds_per_frame_and_step": 0.1, "sent": 10, "foretold": 12}
 PREDICTED = {"ranks": 2, "frames": 48, "sent_mb_by_the_busiest": 1.0, "seconds_per_step": 1.0, "efficiency": 0.5}
 
 
@@ -27,7 +27,7 @@ def test_a_quick_run_reports_every_arm_in_a_file_and_a_table(tmp_path, capsys):
     assert [(row["arm"], row["frames"]) for row in result["cases"]] == [
         ("ours", 17), ("FreeNoise", 17)
     ]  # fmt: skip
-    assert [row["ranks"] for row in result["ranks"]] == [1, 2]
+    assert [(row["ranks"], row["device"]) for row in result["ranks"]] == [(1, "cpu"), (2, "cpu")]
     assert result["ranks"][0]["sent"] == 0 and result["ranks"][1]["sent"] == result["ranks"][1]["foretold"] > 0
     printed = capsys.readouterr().out
     assert "bytes sent beyond or short of those foretold: 0 (goal: at most 0), met" in printed
@@ -76,6 +76,34 @@ def test_a_slow_arm_or_a_slow_start_leaves_out_no_film_of_the_other(monkeypatch)
         "FreeNoise, 1024 frames": "it holds all frames at once",
     }
     assert result["goals"][0]["met"]
+
+
+def test_an_arm_that_outgrows_the_gpu_costs_no_row_and_is_not_tried_again(monkeypatch, capsys):
+    tried = []
+
+    def peer(pipe, frames, device):
+        tried.append(frames)
+        if frames > 16:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return video._told("FreeNoise", frames, Run(1.0, None))
+
+    monkeypatch.setattr(video, "build", lambda device: tiny.animatediff())
+    monkeypatch.setattr(video, "call", lambda *_: None)
+    ours = lambda pipe, frames, device: video._told("ours", frames, Run(frames / 10, None)) | {"working_set_mib": 1}  # noqa: E731
+    monkeypatch.setattr(video, "ours", ours)
+    monkeypatch.setattr(video, "peer", peer)
+    monkeypatch.setattr(video, "on_ranks", lambda ranks, frames: {**RANKED, "ranks": ranks})
+    monkeypatch.setattr(video, "predict", lambda ranks: PREDICTED)
+    result = video.run(minutes=60, device="cpu")
+    assert tried == [16, 64] and [row["frames"] for row in result["cases"]] == [16, 16, 64, 256, 1024]
+    assert result["left_out"] == {
+        "FreeNoise, 64 frames": "it does not fit into the memory of the GPU",
+        "FreeNoise, 256 frames": "a shorter film did not fit into the memory of the GPU",
+        "FreeNoise, 1024 frames": "it holds all frames at once",
+    }
+    # 0.05 s a frame and step, 288 frames a device and 20 steps
+    assert result["whole_run"]["minutes"] == pytest.approx(0.05 * 288 * 20 / 60, rel=0.01)
+    assert "2,304 frames on 8 devices like this one take 4.8 minutes for 20 steps" in capsys.readouterr().out
 
 
 def test_the_meter_sees_what_lives_at_once():

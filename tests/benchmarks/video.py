@@ -6,7 +6,8 @@ is what lives on the device beside weights and full-length tensors: the most byt
 PyTorch's counter tells it on CUDA, and our own elsewhere.
 
 Besides: the same film on one process and on two, the bytes they send against those foretold, and a prediction for
-Stable Diffusion 1.5 on up to 1,024 GPUs from the very same plan.
+Stable Diffusion 1.5 on up to 1,024 GPUs from the very same plan; and for the model that was measured the minutes of a whole
+long film on eight such devices.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..attn_processors import install
+from ..attn_processors import install, installed
 from ..attn_processors.comm import Comm, rounds, split_rows
+from ..attn_processors.families import family_of
 from ..attn_processors.ops.scopes import Clip
-from ..pipelines import load, stream
+from ..pipelines import Recipe, load, stream
 from ..pipelines.stream import bytes_per_step, streamed
 from .frame import Conditions, Found, cell, goal, grid, page, run_benchmark
 from .measure import Run, measured
 
-__all__ = ["PEER", "free_noise", "predict", "run", "table", "working_set"]
+__all__ = ["PEER", "free_noise", "predict", "run", "table", "whole_run", "working_set"]
 
 STEPS = 2
 LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024), (17,)
@@ -48,8 +50,9 @@ RUNS = {OURS: 3, PEER: 1}  # an arm takes as long as so many timed runs: ours is
 PREDICTED_RANKS = (2, 8, 16, 64, 256, 1024)
 FRAME_SECONDS = 0.0176  # of one frame and step on one GPU, an assumption for Stable Diffusion 1.5 at 512 x 512 in fp16
 FRAMES_PER_RANK = 24
-ATTENTIONS, NORMS, NEIGHBOURS = 42, 21, 2  # layers of the model, and ranks a rank has windows in common with
+NEIGHBOURS = 2  # ranks a rank has windows in common with
 INSIDE, ACROSS, MESSAGE_SECONDS, GPUS_PER_HOST = 250e9, 45e9, 10e-6, 8  # bytes per second in a host and between hosts
+WHOLE_FRAMES, WHOLE_RANKS = 2304, 8  # the film whose whole run is predicted
 
 
 class Meter(TorchDispatchMode):
@@ -163,7 +166,7 @@ def _told(arm: str, frames: int, run: Run) -> dict[str, Any]:
 
 
 def on_ranks(ranks: int, frames: int) -> dict[str, Any]:
-    """The same calls in that many processes of one thread each, started by torchrun."""
+    """The same calls in that many processes of one thread each on the CPU, whatever else was measured on; by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -175,6 +178,7 @@ def on_ranks(ranks: int, frames: int) -> dict[str, Any]:
     found = [json_text.loads(line) for line in lines]
     return {
         "ranks": ranks,
+        "device": "cpu",
         "frames": frames,
         "seconds_per_frame_and_step": max(one["seconds"] for one in found) / frames / STEPS,
         "sent": sum(one["sent"] for one in found),
@@ -211,11 +215,7 @@ def predict(ranks: int, frames_per_rank: int = FRAMES_PER_RANK) -> dict[str, Any
     """
     model = _full_size()
     film = Clip(Comm(0, ranks), tuple(split_rows(ranks * frames_per_rank, ranks)))
-    sent = max(bytes_per_step(model, film, (64, 64), GUIDED))
-    speed = INSIDE if ranks <= GPUS_PER_HOST else ACROSS
-    together = len(list(rounds(0, ranks)))  # one after another, until all ranks have what all share
-    messages = ATTENTIONS * (NEIGHBOURS * (ranks > 1) + together) + 2 * NORMS * together  # a norm, and whether to stop
-    waiting = sent / speed + messages * MESSAGE_SECONDS
+    sent, waiting = _exchange(model, film, 64)
     computing = FRAME_SECONDS * frames_per_rank
     return {
         "ranks": ranks,
@@ -224,6 +224,31 @@ def predict(ranks: int, frames_per_rank: int = FRAMES_PER_RANK) -> dict[str, Any
         "seconds_per_step": computing + waiting,
         "efficiency": computing / (computing + waiting),
     }
+
+
+def whole_run(pipe: Any, pace: float) -> dict[str, Any]:
+    """Minutes of all denoising steps of a long film on several devices like the one measured on, without overlap.
+
+    pace: seconds per frame and step there.
+    """
+    film = Clip(Comm(0, WHOLE_RANKS), tuple(split_rows(WHOLE_FRAMES, WHOLE_RANKS)))
+    with installed(pipe, "dual-scope"):
+        _, waiting = _exchange(pipe.unet, film, pipe.unet.config.sample_size)
+    step = pace * WHOLE_FRAMES / WHOLE_RANKS + waiting
+    steps = Recipe(prompt="any").steps
+    return {"ranks": WHOLE_RANKS, "frames": WHOLE_FRAMES, "steps": steps, "minutes": step * steps / 60}
+
+
+def _exchange(model: Any, film: Clip, side: int) -> tuple[int, float]:
+    """Bytes that the busiest rank sends in a step, and the seconds that this takes. side: of the latents."""
+    ranks, family = len(film.parts), family_of(model)
+    sent = max(bytes_per_step(model, film, (side, side), GUIDED))
+    attentions = sum(info.role == "temporal" for info, _ in family.layers(model))
+    norms = len(family.motion_modules(model))
+    speed = INSIDE if ranks <= GPUS_PER_HOST else ACROSS
+    together = len(list(rounds(0, ranks)))  # one after another, until all ranks have what all share
+    messages = attentions * (NEIGHBOURS * (ranks > 1) + together) + 2 * norms * together  # a norm, and whether to stop
+    return sent, sent / speed + messages * MESSAGE_SECONDS
 
 
 def _full_size() -> Any:
@@ -243,23 +268,29 @@ def measure(conditions: Conditions) -> Found:
     left_out: dict[str, str] = {}
     lengths = QUICK_LENGTHS if quick else LENGTHS
     with torch.no_grad():
-        call(
-            pipe.unet, lengths[0], device
-        )  # what only the first call does, such as choosing kernels, is no film's cost
+        # What only the first call does, such as choosing kernels, is no film's cost.
+        call(pipe.unet, lengths[0], device)
     pace = {OURS: 0.0, PEER: 0.0}  # of the longest film so far
+    outgrown: set[str] = set()  # arms that ran out of memory
     for frames in lengths:
         for name, arm in ((OURS, ours), (PEER, peer)):
-            expected = pace[name] * frames * STEPS * RUNS[name]
+            film, expected = f"{name}, {frames} frames", pace[name] * frames * STEPS * RUNS[name]
             if name == PEER and device.type == "cpu" and frames > PEER_LONGEST:
-                left_out[f"{name}, {frames} frames"] = "it holds all frames at once"
+                left_out[film] = "it holds all frames at once"
+            elif name in outgrown:
+                left_out[film] = "a shorter film did not fit into the memory of the GPU"
             elif expected < conditions.seconds_left():
-                rows.append(arm(pipe, frames, device))
-                pace[name] = rows[-1]["seconds_per_frame_and_step"]
+                try:
+                    rows.append(arm(pipe, frames, device))
+                    pace[name] = rows[-1]["seconds_per_frame_and_step"]
+                except torch.cuda.OutOfMemoryError:
+                    left_out[film] = "it does not fit into the memory of the GPU"
+                    outgrown.add(name)
             else:
-                left_out[f"{name}, {frames} frames"] = "no time left"
+                left_out[film] = "no time left"
     ranked = [on_ranks(ranks, QUICK_RANKS_FRAMES if quick else RANKS_FRAMES) for ranks in (1, 2)]
     prediction = [predict(ranks) for ranks in (PREDICTED_RANKS[:2] if quick else PREDICTED_RANKS)]
-    more = {"ranks": ranked, "prediction": prediction}
+    more = {"ranks": ranked, "prediction": prediction, "whole_run": whole_run(pipe, pace[OURS]) if pace[OURS] else None}
     return Found(pipe.unet.dtype, cases=rows, goals=_goals(rows, ranked), left_out=left_out, more=more)
 
 
@@ -283,9 +314,10 @@ def table(result: dict[str, Any]) -> str:
         for row in result["cases"]
     ]  # fmt: skip
     ranked = [
-        (row["ranks"], row["frames"], f"{row['seconds_per_frame_and_step']:.4f}", row["sent"], row["foretold"])
+        (row["ranks"], row["device"], row["frames"], f"{row['seconds_per_frame_and_step']:.4f}", row["sent"],
+         row["foretold"])
         for row in result["ranks"]
-    ]
+    ]  # fmt: skip
     predicted = [
         (row["ranks"], row["frames"], f"{row['sent_mb_by_the_busiest']:.0f}", f"{row['seconds_per_step']:.2f}",
          f"{row['efficiency']:.0%}")
@@ -298,8 +330,17 @@ def table(result: dict[str, Any]) -> str:
     return page(
         result,
         grid(("arm", "frames", pace, "peak MiB", "working set MiB"), films),
-        grid(("processes", "frames", pace, "bytes sent", "foretold"), ranked),
+        grid(("processes", "device", "frames", pace, "bytes sent", "foretold"), ranked),
         [assumed, "", *grid(("GPUs", "frames", "MB sent by the busiest", "s per step", "efficiency"), predicted)],
+        [_whole(result["whole_run"])] if result["whole_run"] else [],
+    )
+
+
+def _whole(found: dict[str, Any]) -> str:
+    return (
+        f"Predicted for the model measured here: {found['frames']:,} frames on {found['ranks']} devices like this one take "
+        f"{found['minutes']:.1f} minutes for {found['steps']} steps, at the pace of the longest film above, if nothing overlaps; "
+        "decoding and writing come on top."
     )
 
 
