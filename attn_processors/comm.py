@@ -12,6 +12,7 @@ many ranks want them. Rows are only moved, so the result is the same to the last
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from torch import Tensor
 __all__ = ["Comm", "RankLost", "Span", "rounds", "rows_sent", "split_rows"]
 
 Span = tuple[int, int]  # [first, end)
-TROUBLE = "reattend/trouble"  # begins the keys in the store of the process group
+TROUBLE, WAITING = "reattend/trouble", "reattend/waiting"  # begin keys in the store of the process group
+PATIENCE = 2.0  # seconds; ranks that miss the same message reach their time limit almost together
 _jobs: Counter[str] = Counter()  # begun so far in each process group
 
 
@@ -182,12 +184,33 @@ class Comm:
         names = " or ".join(str(rank) for rank in sorted(set(others)))
         where = f" in {self.place}" if self.place else ""
         lost = f"rank {self.rank} waited in vain for rank {names} of {self.size}{where}"
+        silent = self._silent()
+        if silent and not set(silent) & set(others):  # frozen, and those asked were waiting for it
+            lost += f", which waits, too; no word from rank {' or '.join(map(str, silent))}"
         first = self.tell(lost)
         told = "" if first in (None, lost) else f"; the first word of trouble: {first}"
         return (
             f"{lost} ({str(problem).strip().splitlines()[0][:160]}){told}; look at that rank's own error, then start all of "
             "them again."
         )
+
+    def _silent(self) -> list[int]:
+        """The ranks that do not say within `PATIENCE` that they wait in vain themselves; none where nobody can say so.
+
+        What one rank fails to send is missed by several, and by some of them of one that would have passed it on.
+        """
+        if self.size == 1 or not dist.is_initialized():
+            return []
+        words = [f"{WAITING}/{self.job}/{rank}" for rank in range(self.size)]
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(words[self.rank], "")
+            end = time.monotonic() + PATIENCE
+            while not store.check(words) and time.monotonic() < end:
+                time.sleep(0.1)
+            return [rank for rank, word in enumerate(words) if not store.check([word])]
+        except (RuntimeError, ValueError):  # the host of the store is gone
+            return []
 
     def tell(self, trouble: str) -> str | None:
         """Leave word of what went wrong for the other ranks; gives the first such word, None where none can be left.

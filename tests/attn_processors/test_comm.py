@@ -112,6 +112,32 @@ def test_words_of_trouble_are_those_of_the_job():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+FROZEN = """
+import datetime, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+from reattend.attn_processors.comm import Comm, RankLost
+comm = Comm.of_group()
+if comm.rank == 1:
+    time.sleep(8)
+else:
+    try:
+        comm.everyones(torch.tensor(comm.rank))
+    except RankLost as lost:
+        print(f"{lost}\\n", end="", flush=True)
+    time.sleep(3)
+"""
+
+
+def test_a_frozen_rank_is_named_by_those_who_wait_for_somebody_else():
+    done = forked(5, FROZEN, ["torch", "torch.distributed", "reattend.attn_processors.comm"])
+    said = done.stdout.splitlines()
+    assert len(said) == 4, done.stderr[-2000:]
+    for line in said:
+        assert "in vain for rank 1 of 5" in line or ", which waits, too; no word from rank 1 (" in line
+    assert any(line.startswith("rank 4 waited in vain for rank 2 of 5, which waits, too") for line in said)
+
+
 @pytest.mark.parametrize("rank", range(3))
 def test_a_rank_that_brings_other_rows_than_its_own_is_told(rank):
     with pytest.raises(ValueError, match=f"rank {rank} owns rows {rank} to {rank + 1}, got 2 of them"):
