@@ -241,7 +241,8 @@ def whole_run(pipe: Any, pace: float) -> dict[str, Any]:
 
 def _exchange(model: Any, film: Clip, side: int) -> tuple[int, float]:
     """Bytes that the busiest rank sends in a step, and the seconds that this takes. side: of the latents."""
-    ranks, family = len(film.parts), family_of(model)
+    ranks = len(film.parts)
+    family: Any = family_of(model)
     sent = max(bytes_per_step(model, film, (side, side), GUIDED))
     attentions = sum(info.role == "temporal" for info, _ in family.layers(model))
     norms = len(family.motion_modules(model))
