@@ -14,8 +14,10 @@ from PIL import Image
 
 from reattend.emoji_world.clips import clips, main, reach
 from reattend.emoji_world.evaluate import Arm, evaluate
-from reattend.emoji_world.read import Found
+from reattend.emoji_world.read import Found, read
 from reattend.emoji_world.world import Scene, Sprite, draw, moved, parse_caption, sample_captions
+from reattend.pipelines import Recipe, Video, long_video
+from reattend.pipelines.film import frames_of
 
 FRAMES = 4
 
@@ -110,3 +112,15 @@ def test_a_real_pipeline_makes_clips_and_pictures_are_asked_of_others(tmp_path: 
     assert found["rates"]["kinds and tints (frames)"]["asked"] == 3
     with pytest.raises(ValueError, match=r"AnimateDiffPipeline makes clips, not pictures; .*emoji_world.clips"):
         evaluate(pipe, [Arm(name="stock")], out=tmp_path / "pictures", samples=1)
+
+
+def test_the_bundled_model_shows_what_its_caption_says_in_most_frames(tmp_path: Path) -> None:
+    kind, tint, background, out = "balloon", "red", "sea", tmp_path / "balloon.mp4"
+    recipe = Recipe(
+        prompt=f"a {tint} {kind} on {background}", model="tiny-video", steps=6, seed=8, video=Video(frames=16)
+    )
+    long_video(recipe, out)
+    found = [read(frame) for frame in frames_of(out)]
+    assert len(found) == 16
+    assert sum(reading.background == background for reading in found) >= 12
+    assert sum([(one.kind, one.tint) for one in reading.sprites] == [(kind, tint)] for reading in found) >= 12
