@@ -52,6 +52,7 @@ __all__ = ["ARMS", "compare", "table"]
 FORMAT = "reattend films 1"
 OURS, CLIPS = "dual-scope", "independent clips"
 ARMS = (OURS, PEER, CLIPS)
+GOAL = 0.95  # of our frames that show what the first one does
 PROMPTS = ("a red balloon and a cat on sea",)  # the cat's tint is left to the model: no text keeps it
 
 Progress = Callable[[str, int, int], None]  # what is done, and how far of how much
@@ -83,8 +84,8 @@ def compare(
         on_progress: called while a film is made and read.
 
     Returns:
-        What `summary.json` holds: per arm how often frames show what the first one does, with 95 % intervals that take
-        frames for independent, which neighbours are not.
+        What `summary.json` holds: per arm how often frames show what the first one does, and how many show the same, with
+        95 % intervals that take frames for independent, which neighbours are not.
 
     Raises:
         ValueError: an unknown arm or attention, no prompt, no frames, or `out` holds results of other settings.
@@ -124,17 +125,21 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     compared = summary["settings"]["peer_frames"]
     lines = [
-        f"| arm | frames | first frame shows | kept in the first {compared} | kept in all | moved in the first {compared}, "
-        "in widths | s per frame |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | frames | first frame shows | kept in the first {compared} | kept in all | alike in all | moved in the first "
+        f"{compared}, in widths | s per frame |",
+        "|---" * 8 + "|",
     ]
     for arm, found in summary["arms"].items():
         first = "; ".join(" and ".join(names) or "nothing" for names in found["first"])
         seconds = "-" if found["seconds"] is None else f"{found['seconds'] / found['frames']:.2f}"
         lines.append(
-            f"| {arm} | {found['frames']} | {first} | {found['kept_in_first']} | {found['kept_in_all']} | "
+            f"| {arm} | {found['frames']} | {first} | {found['kept_in_first']} | {found['kept_in_all']} | {found['alike']} | "
             f"{found['travelled']:.1f} | {seconds} |"
         )
+    if OURS in summary["arms"]:
+        right, asked = summary["arms"][OURS]["counts"]["kept_in_all"]
+        verdict = "met" if right >= GOAL * asked else "MISSED"
+        lines += ["", f"{OURS} keeps {right} of {asked} frames as the first (goal: {GOAL:.0%}): {verdict}"]
     return "\n".join(lines)
 
 
@@ -256,11 +261,13 @@ def _summary(results: Results, arm: str, prompts: int, compared: int) -> dict[st
         name: rate(sum(one.kept.right for one in found), sum(one.kept.asked for one in found))
         for name, found in (("kept_in_first", start), ("kept_in_all", whole))
     }
+    alike = rate(sum(one.alike.right for one in whole), sum(one.alike.asked for one in whole))
     seconds = [entry["seconds"] for entry in entries]
     return {
         "frames": sum(entry["frames"] for entry in entries),
         "first": [list(one.first) for one in whole],
         **{name: str(found) for name, found in kept.items()},
+        "alike": str(alike),
         "counts": {name: [found.right, found.asked] for name, found in kept.items()},
         "travelled": sum(one.travelled for one in start) / prompts,
         "seconds": None if None in seconds else sum(seconds),

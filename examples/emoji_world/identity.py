@@ -4,13 +4,15 @@ Run: python -m reattend.emoji_world.identity out/film.mp4 --frames 512
 
 A frame counts if it shows the kinds and tints of the first frame, no more and no less, wherever they are by then. So all
 hangs on that one frame, as it was asked: one that is misread makes all others wrong, and one with something that cannot be
-told keeps nothing. How far things moved on the way is told too: a film that stands still keeps its identity easily. Their
-world moves at most a lattice cell a frame; more than two is a jump, as at a cut, and no movement, so it is left out.
+told keeps nothing. So the largest share of frames that show the same is told besides, and how far things moved on the way: a
+film that stands still keeps its identity easily. Their world moves at most a lattice cell a frame; more than two is a jump,
+as at a cut, and no movement, so it is left out.
 """
 
 from __future__ import annotations
 
 import json as json_text
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +38,13 @@ class Identity:
 
     first: tuple[str, ...]  # "tint kind" of what the first frame shows, sorted
     kept: Rate  # frames that show the same, of all frames after the first
+    alike: Rate  # frames that show what most of them show, of all frames
     travelled: float  # mean way of the things over the film without jumps, in picture widths
 
     def __str__(self) -> str:
         return (
-            f"{' and '.join(self.first) or 'nothing'}: kept in {self.kept} of frames, moved {self.travelled:.2f} widths"
+            f"{' and '.join(self.first) or 'nothing'}: kept in {self.kept} of frames, {self.alike} are alike, "
+            f"moved {self.travelled:.2f} widths"
         )
 
 
@@ -59,11 +63,13 @@ def identity(frames: Iterable[np.ndarray]) -> Identity:
 def judge(readings: Iterable[Sequence[Found]]) -> Identity:
     """`identity` of frames that were read before: what the reader found in each. Raises ValueError for no frames."""
     first: list[str] | None = None
+    shown: Counter[tuple[str, ...]] = Counter()
     before: dict[str, tuple[int, tuple[float, float]]] = {}  # the frame where a thing was last seen, and its centre
     right = asked = 0
     travelled = 0.0
     for frame, sprites in enumerate(readings):
         seen = sorted(name_of(one) for one in sprites)
+        shown[tuple(seen)] += 1
         if first is None:
             first = seen
         else:
@@ -78,7 +84,8 @@ def judge(readings: Iterable[Sequence[Found]]) -> Identity:
         before = before | places
     if first is None:
         raise ValueError("there is no frame to look at; give a film that plays")
-    return Identity(tuple(first), rate(right, asked), travelled / max(1, len(first)))
+    alike = rate(max(shown.values()), shown.total())
+    return Identity(tuple(first), rate(right, asked), alike, travelled / max(1, len(first)))
 
 
 def name_of(one: Found) -> str:
@@ -101,7 +108,8 @@ def main(film: Annotated[Path, tyro.conf.Positional], frames: int | None = None,
         json: print one JSON object.
     """
     found = identity(frames_of(film, frames))
-    told = {"first": found.first, "right": found.kept.right, "asked": found.kept.asked, "travelled": found.travelled}
+    told = {"first": found.first, "right": found.kept.right, "asked": found.kept.asked, "alike": found.alike.right}
+    told["travelled"] = found.travelled
     print(json_text.dumps(told) if json else found)
 
 

@@ -44,6 +44,9 @@ def test_every_arm_makes_its_film_and_a_run_goes_on_where_it_was(model, reader, 
     first = compare(model, out=tmp_path, **SETTINGS, arms=ARMS[:1], on_progress=lambda *progress: told.append(progress))
     ours = first["arms"][OURS]
     assert ours["counts"] == {"kept_in_first": [17, 17], "kept_in_all": [17, 19]} and ours["first"] == [["red cat"]]
+    assert ours["alike"].startswith("90.0 %") and table(first).endswith(
+        "keeps 17 of 19 frames as the first (goal: 95%): MISSED"
+    )
     assert ours["frames"] == 20 and ours["seconds"] > 0 and ours["travelled"] == 0
     assert (f"{OURS}, step", 1, 1) in told and (f"{OURS}, reading frame", 20, 20) in told
     with pytest.raises(ValueError, match="other settings"):
@@ -131,12 +134,23 @@ def test_bad_requests_and_the_table_of_a_file(model, tmp_path, capsys):
     with pytest.raises(ValueError, match="got 0 prompts"):
         compare(model, out=tmp_path, prompts=[])
     assert list(tmp_path.iterdir()) == []
-    kept = {"frames": 20, "first": [["red cat"], []], "kept_in_first": "95.0 %", "kept_in_all": "90.0 %"}
+    kept = {
+        "frames": 20,
+        "first": [["red cat"], []],
+        "kept_in_first": "95.0 %",
+        "kept_in_all": "90.0 %",
+        "alike": "91.0 %",
+    }
+    kept["counts"] = {"kept_in_all": [19, 20]}
     summary = {"settings": {"peer_frames": 18}, "arms": {OURS: {**kept, "travelled": 0.5, "seconds": 30.0}}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     main(show=tmp_path / "summary.json")
     said = capsys.readouterr().out
-    assert "| dual-scope | 20 | red cat; nothing | 95.0 % | 90.0 % | 0.5 | 1.50 |" in said and "first 18" in said
+    assert (
+        "| dual-scope | 20 | red cat; nothing | 95.0 % | 90.0 % | 91.0 % | 0.5 | 1.50 |" in said
+        and "(goal: 95%): met" in said
+        and "first 18" in said
+    )
     with pytest.raises(SystemExit, match="holds no summary of films"):
         main(show=tmp_path / "other.json")
 

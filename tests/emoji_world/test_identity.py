@@ -33,7 +33,7 @@ def test_a_moving_thing_keeps_its_identity_and_another_does_not(clip):
     assert still.travelled == 0 and "kept in 100.0 %" in str(still)
     other = world.Scene("sand", (world.Sprite("car", "red", 0.25, 0.25, 0.5),))
     changed = identity([*clip[:2], np.asarray(world.draw(other)), np.asarray(world.draw(replace(other, sprites=())))])
-    assert (changed.kept.right, changed.kept.asked) == (1, 3)
+    assert (changed.kept.right, changed.kept.asked) == (1, 3) and (changed.alike.right, changed.alike.asked) == (2, 4)
     with pytest.raises(ValueError, match="no frame to look at"):
         identity([])
 
