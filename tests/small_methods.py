@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.attn_processors import AttnMethod, DualScopeAttnProcessor, LayerCall, LayerInfo
+from reattend.attn_processors.ops.scopes import Scopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,17 @@ class DenseScopes(DualScopeAttnProcessor):
 
     name: ClassVar[str] = "dense-scopes"
 
+    @staticmethod
+    def slot(scopes: Scopes, i: int, j: int) -> int:
+        """As if the anchors before the window were taken for the frames before the query, and those behind for the rest."""
+        first, end = scopes.window(i)
+        early, late = [[a for a in scopes.anchors if a < first], [a for a in scopes.anchors if a >= end]]
+        if j < first:
+            return math.floor((i - first) * early.index(j) / len(early))
+        if j >= end:
+            return min(i - first + 1 + math.floor((end - 1 - i) * late.index(j) / len(late)), end - first - 1)
+        return j - first
+
     def attend(self, call: LayerCall, phase: int) -> Tensor:
         x, table, now = call.x, call.table, self.schedule[phase]
         frames = x.shape[1]
@@ -116,7 +129,7 @@ class DenseScopes(DualScopeAttnProcessor):
             favour_anchors = now.anchors > now.window
             biases = [now.anchors if j in anchors and (favour_anchors or j not in window) else now.window
                       for j in range(frames)]  # fmt: skip
-            slots = [min(max(j - first, 0), end - first - 1) for j in range(frames)]
+            slots = [self.slot(scopes, i, j) if j in window | anchors else 0 for j in range(frames)]
             placed = x if table is None else x + table[slots].to(x.dtype)
             hidden = torch.tensor([j not in window | anchors for j in range(frames)])
             bias = torch.tensor(biases) - max(now.anchors, now.window) if anchors else torch.zeros(frames)

@@ -2,8 +2,10 @@
 
 Motion modules add a table of places p[0], p[1], ... to the tokens before each attention, so a film longer than the table
 fails and one longer than the training clips looks wrong. Here the places are those of the query's own window: frame j,
-seen from frame i whose window begins at a, sits in slot j - a, and the query itself in slot i - a. A frame before the window
-takes the first slot, one behind it the last. A film that the window covers has the model's own places.
+seen from frame i whose window begins at a, sits in slot j - a, and the query itself in slot i - a. The anchors before the
+window are spread over the slots before the query's, those behind it over the slots after, in their order: for the query they
+are a clip of the whole film in few frames. (All in the first and in the last slot, they kept things alike far worse.) A film
+that the window covers has the model's own places.
 
 Keys and values are linear in the tokens, so what a slot adds to them, W p, is one small table per layer. Keys and values
 themselves carry no place: one and the same key serves queries that see it in different slots, and what travels between
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from ..comm import Span
     from .scopes import Scopes
 
-__all__ = ["SlotTables", "own_slots", "slot_tables", "slots_in"]
+__all__ = ["SlotTables", "far_slots", "near_slots", "own_slots", "slot", "slot_tables"]
 
 KEPT = 2048  # blocks of a film whose slots and masks are kept: every layer, place and step asks for the same ones
 
@@ -60,9 +62,33 @@ def slot_tables(positions: Tensor, to_k: Callable[[Tensor], Tensor], to_v: Calla
     return SlotTables((to_k(places) - to_k(nothing))[0], (to_v(places) - to_v(nothing))[0])
 
 
-def slots_in(frames: Tensor, windows: Tensor) -> Tensor:
-    """The slot of each of the frames (c, K) in the window [first, end) of its row, (c, 2); int64, shape (c, K)."""
+def slot(scopes: Scopes, i: int, j: int) -> int:
+    """The slot of frame j, in the window or an anchor, as the query of frame i sees it. Written for reading."""
+    first, end = scopes.window(i)
+    own, last = i - first, end - first - 1
+    if first <= j < end:
+        return j - first
+    if j < first:
+        before = [anchor for anchor in scopes.anchors if anchor < first]
+        return own * before.index(j) // len(before)
+    after = [anchor for anchor in scopes.anchors if anchor >= end]
+    return min(own + 1 + (last - own) * after.index(j) // len(after), last)
+
+
+def near_slots(frames: Tensor, windows: Tensor) -> Tensor:
+    """`slot` of the frames (c, K) that lie in the window [first, end) of their row, (c, 2); others get any. int64."""
     return (frames - windows[:, :1]).clamp(min=0).minimum(windows[:, 1:] - windows[:, :1] - 1)
+
+
+def far_slots(anchors: Tensor, queries: Tensor, windows: Tensor) -> Tensor:
+    """`slot` of all anchors (G,), ascending, for the queries (c,) with their windows (c, 2); int64, shape (c, G)."""
+    first, end, own = windows[:, :1], windows[:, 1:], queries[:, None] - windows[:, :1]
+    before, after = anchors < first, anchors >= end
+    rank, count = torch.arange(len(anchors)), after.sum(1, keepdim=True)
+    early = own * rank // before.sum(1, keepdim=True).clamp(min=1)
+    late = own + 1 + (end - first - 1 - own) * (rank - (len(anchors) - count)) // count.clamp(min=1)
+    slots = torch.where(before, early, torch.where(after, late, anchors - first))
+    return slots.clamp(min=0).minimum(end - first - 1)
 
 
 @lru_cache(maxsize=KEPT)

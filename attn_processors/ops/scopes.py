@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm, Span
-from .positions import KEPT, SlotTables, slots_in
+from .positions import KEPT, SlotTables, far_slots, near_slots, slot
 
 __all__ = ["Clip", "Scopes", "TokenScale", "midpoints", "scoped_attention", "scoped_reference"]
 
@@ -227,19 +227,18 @@ def _blocks(scopes: Scopes, own: Span, block: int, biases: tuple[float, float], 
     anchors = torch.tensor(scopes.anchors, dtype=torch.long)
     frames = stretches.repeat_interleave(block, dim=0)  # (b * c, R)
     last = scopes.reach(own)[1] - 1
-    everywhere = anchors.expand(len(windows), -1)
-    inside, among = _between(frames, windows), _between(everywhere, windows)
+    inside, among = _between(frames, windows), _between(anchors, windows)
     if biases[1] > biases[0]:  # the anchors are favoured, and take the frames that are both
         masks = inside & ~torch.isin(frames, anchors), torch.ones_like(among)
     else:
         masks = inside, ~among
-    slots = slots_in(frames, windows), slots_in(everywhere, windows)
+    slots = near_slots(frames, windows), far_slots(anchors, queries.flatten(), windows)
     there = [(a.to(device), b.to(device)) for a, b in (masks, slots)]
     return _Blocks(queries.to(device), stretches.clamp(max=last).to(device), *there)
 
 
 def _between(frames: Tensor, windows: Tensor) -> Tensor:
-    """Whether each of the frames (c, K) lies in the window (c, 2) of its row."""
+    """Whether each of the frames (c, K) or (K,) lies in the window (c, 2) of its row."""
     return (frames >= windows[:, :1]) & (frames < windows[:, 1:])
 
 
@@ -267,7 +266,7 @@ def scoped_reference(
         seen += [(j, biases[1]) for j in sorted(anchors if favour_anchors else anchors - window)]
         keys, values = k[:, [j for j, _ in seen]], v[:, [j for j, _ in seen]]
         if tables is not None:
-            slots = [min(max(j - first, 0), end - first - 1) for j, _ in seen]
+            slots = [slot(scopes, i, j) for j, _ in seen]
             keys, values = keys + tables.keys[slots], values + tables.values[slots]
         logits = torch.einsum("nhd,njhd->nhj", q[:, i] * scale, keys).float()
         logits = logits + torch.tensor([bias for _, bias in seen], device=q.device)

@@ -13,7 +13,7 @@ from torch import nn
 
 from reattend.attn_processors.ops import scopes as scopes_file
 from reattend.attn_processors.ops.norms import film_statistics, frame_statistics, normalise
-from reattend.attn_processors.ops.positions import SlotTables, own_slots, slot_tables, slots_in
+from reattend.attn_processors.ops.positions import SlotTables, far_slots, near_slots, own_slots, slot, slot_tables
 from reattend.attn_processors.ops.scopes import Scopes, midpoints, scoped_attention, scoped_reference
 
 EXACT = 2e-6  # fp32: the same sums in another order
@@ -146,15 +146,31 @@ def test_places_are_those_of_a_window_encoded_anew_for_every_query():
     with torch.no_grad():
         made = slot_tables(places, project, project)
         windows = torch.tensor([scopes.window(i) for i in range(10, 13)])
-        slots = slots_in(torch.arange(30).expand(3, -1), windows)
+        near = near_slots(torch.arange(30).expand(3, -1), windows)
+        far = far_slots(torch.tensor(scopes.anchors), torch.arange(10, 13), windows)
         for row, i in enumerate(range(10, 13)):
             first, end = scopes.window(i)
-            for j in range(30):
-                place = 0 if j < first else 7 if j >= end else j - first
-                assert slots[row, j] == place
+            seen = [(j, near[row, j]) for j in range(first, end)] + list(zip(scopes.anchors, far[row], strict=True))
+            for j, place in seen:
+                assert slot(scopes, i, j) == place
                 want = project(x[:, j] + places[place])
                 torch.testing.assert_close(project(x[:, j]) + made.keys[place], want, atol=EXACT, rtol=EXACT)
     assert own_slots(scopes, (0, 30), torch.device("cpu")).tolist() == [0, 1, 2, *[3] * 23, 4, 5, 6, 7]
+
+
+def test_anchors_are_spread_over_the_slots_on_their_side_of_the_query():
+    scopes = Scopes(160, 16, 16)
+    assert scopes.anchors == tuple(range(5, 160, 10))
+    slots = lambda i: [slot(scopes, i, j) for j in scopes.anchors]  # noqa: E731
+    assert slots(80) == [*range(7), 2, 12, *range(8, 15)]  # window from 73, two anchors in it
+    assert slots(0) == [5, 15, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]  # nothing before
+    assert slots(159) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1, 11]  # nothing behind
+    for frames, length, count in ((17, 16, 4), (40, 5, 7), (40, 1, 7), (33, 3, 64), (50, 8, 1)):
+        scopes = Scopes(frames, length, count)
+        windows = torch.tensor([scopes.window(i) for i in range(frames)])
+        far = far_slots(torch.tensor(scopes.anchors), torch.arange(frames), windows)
+        assert far.tolist() == [[slot(scopes, i, j) for j in scopes.anchors] for i in range(frames)]
+        assert far.min() >= 0 and far.max() < length
 
 
 def test_slots_are_worked_out_once_and_serve_gradients_too():
