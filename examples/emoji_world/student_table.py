@@ -16,7 +16,7 @@ from .results import Results
 __all__ = ["COST", "TEACHER", "TRAINED", "all_right", "arm_of", "summarize", "table"]
 
 TEACHER, TRAINED, COST = "teacher", "trained: ", "cost: "  # arms, or beginnings of their names, in the results
-NEAR = ("latent_error", "psnr", "ssim")
+DIGITS = {"latent_error": 3, "psnr": 1, "ssim": 3}  # how near pictures are, with the digits the table shows
 GOAL = -0.02  # a student that attends locally is at most so much below its teacher
 
 
@@ -54,7 +54,7 @@ def summarize(results: Results, forms: Sequence[str], samples: int) -> dict[str,
                     words: asdict(difference(pairs[:, 0], teacher[words][:, 0], pairs[:, 1]))
                     for words, pairs in found.items()
                 },
-                **{name: _mean([entry[name] for entry in each]) for name in NEAR},
+                **{name: _mean([entry[name] for entry in each]) for name in DIGITS},
             }
         row["after minus before"] = {
             words: asdict(difference(pairs[:, 0], seen["before"][words][:, 0], pairs[:, 1]))
@@ -77,29 +77,28 @@ def table(summary: dict[str, Any]) -> str:
         f"for each form, batch {settings['batch']}; {about['model']}, {about['device']}, torch {about['versions']['torch']}; "
         "95 % intervals; differences in points, in pairs; ms beside those of the teacher, measured in turns with the form.",
         "",
-        "| form | all right, before | after | after - teacher | after - before | error of latents, before | after | PSNR, dB "
-        f"| SSIM | GFLOP a step | of it attention | attention at {large} px | ms a step, teacher's | trained |",
-        "|---" * 14 + "|",
+        f"| form | all right, before → after | after - teacher | after - before | error of latents | PSNR, dB | SSIM "
+        f"| GFLOP a step, of it attention | attention at {large} px | ms a step, teacher's | trained |",
+        "|---" * 11 + "|",
     ]
     first = next(iter(summary["forms"].values()))["cost"]
     whole = summary["teacher"]["rates"]["all right"]
     lines.append(
-        f"| teacher | - | {Rate(**whole)} | - | - | - | 0 | - | 1 | {_giga(first['teacher_flops']['model'])} | "
+        f"| teacher | {Rate(**whole)} | - | - | 0 | - | 1 | {_giga(first['teacher_flops']['model'])}, "
         f"{_giga(first['teacher_flops']['attention'])} | {_giga(first['large_teacher_flops']['attention'])} | - | - |"
     )
     for form, row in summary["forms"].items():
         before, after, cost, training = (row[name] for name in ("before", "after", "cost", "training"))
         cells = [
             form,
-            Rate(**before["rates"]["all right"]),
-            Rate(**after["rates"]["all right"]),
+            f"{before['rates']['all right']['value'] * 100:.1f} → {Rate(**after['rates']['all right'])}",
             Difference(**after["minus teacher"]["all right"]),
             Difference(**row["after minus before"]["all right"]),
-            *(_interval(some["latent_error"], 3) for some in (before, after)),
-            f"{_interval(before['psnr'], 1)} → {_interval(after['psnr'], 1)}",
-            f"{_interval(before['ssim'], 3)} → {_interval(after['ssim'], 3)}",
-            _giga(cost["flops"]["model"]),
-            _giga(cost["flops"]["attention"]),
+            *(
+                f"{before[name]['mean']:.{digits}f} → {_interval(after[name], digits)}"
+                for name, digits in DIGITS.items()
+            ),
+            f"{_giga(cost['flops']['model'])}, {_giga(cost['flops']['attention'])}",
             _giga(cost["large_flops"]["attention"]),
             f"{cost['ms']:.1f}, {cost['teacher_ms']:.1f} ({cost['times_faster']:.2f} x)",
             f"{training['seconds']:.0f} s",
