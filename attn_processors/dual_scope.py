@@ -2,8 +2,8 @@
 
 A frame attends to a window of near frames, as long as the clips the model was trained on, and to a few anchor frames from
 all over the film (`ops.scopes`). The window keeps motion smooth and within what the model knows; the anchors keep things
-what they are. Early steps, which lay out the film, favour the anchors; later ones favour the window. Source: Tan et al.,
-Video-Infinity (arXiv 2406.16260), section 3.3.
+what they are. Early steps, which lay out the film, favour the anchors. Source: Tan et al., Video-Infinity (arXiv 2406.16260),
+section 3.3, where later steps favour the window; then things drift from window to window, so here they favour nothing.
 
 A film no longer than the window is left to the stock attention: the pipeline with this processor is the stock one, bit for
 bit. `long_video` also takes the film through the model a clip at a time, so sums are in another order: from the same noise it
@@ -60,7 +60,7 @@ class ScopePhase:
                 raise ValueError(f"{name} must be a number from {-LIMIT:g} to {LIMIT:g}, got {getattr(self, name)}.")
 
 
-PAPER = (ScopePhase(until=0.2, anchors=10.0), ScopePhase(until=1.0, window=10.0))  # section 3.3: noisier than t = 800
+PHASES = (ScopePhase(until=0.2, anchors=10.0), ScopePhase(until=1.0))  # the first stretch is that of section 3.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,9 @@ class DualScopeAttnProcessor(AttnMethod):
     anchors: int = 16  # frames from all over the film that every frame sees; more = things stay alike, slower
     train_frames: int = 16  # frames of the clips the model was trained on
     token_scale: TokenScale = "none"  # sharpen the softmax where more frames are seen than in training
-    phases: tuple[ScopePhase, ...] | None = None  # what is favoured when; None: as published
+    phases: tuple[ScopePhase, ...] | None = (
+        None  # what is favoured when; None: the anchors in the first fifth of the steps
+    )
 
     name: ClassVar[str] = NAME
     roles: ClassVar[tuple[str, ...]] = ("temporal",)
@@ -97,7 +99,7 @@ class DualScopeAttnProcessor(AttnMethod):
     @property
     def schedule(self) -> tuple[ScopePhase, ...]:
         """The phases that run."""
-        return PAPER if self.phases is None else self.phases
+        return PHASES if self.phases is None else self.phases
 
     @property
     def length(self) -> int:

@@ -118,7 +118,7 @@ def test_our_attention_can_have_other_settings_in_another_folder(model, reader, 
     assert asked[0].attention[0]["anchors"] == 3
     with pytest.raises(ValueError, match="other settings .attention differ"):
         compare(model, out=tmp_path, **settings)
-    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))  # another version's default
+    monkeypatch.setattr(dual_scope, "PHASES", (dual_scope.ScopePhase(window=1.0),))  # another version's default
     with pytest.raises(ValueError, match="other settings .attention differ"):
         compare(model, out=tmp_path, **settings, attention=[{"name": "dual-scope", "anchors": 3}])
     with pytest.raises(SystemExit, match="no setting 'ancors'"):
