@@ -93,7 +93,7 @@ class DualScopeAttnProcessor(AttnMethod):
         if not ends or ends[-1] != 1 or any(a >= b for a, b in pairwise(ends)):
             raise ValueError(
                 f"phases must have growing ends, the last at 1.0, got until = {ends}. Give for example "
-                "ScopePhase(until=0.2, anchors=10), ScopePhase(window=10)."
+                "ScopePhase(until=0.2, anchors=10), ScopePhase()."
             )
 
     @property

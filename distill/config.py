@@ -134,7 +134,7 @@ class DistillConfig:
             elif item.name == "trackers" and isinstance(value, str) and value[:1] not in ("[", "("):  # of --set
                 value = tuple(name.strip() for name in value.split(",") if name.strip())
             elif item.name == "validation_prompts" and isinstance(value, str) and value[:1] not in ("[", "("):
-                value = (value,)
+                value = (value,) if value.strip() else ()
             if item.name not in ("data", "out", "attention"):
                 value = coerce(value, hints[item.name], f"DistillConfig({item.name}=...)")
             object.__setattr__(self, item.name, value)
@@ -142,7 +142,7 @@ class DistillConfig:
         if self.method.phased:
             raise ValueError(
                 f"{self.attention['name']!r} is another attention in some sampling steps (start, until, phases), and a "
-                "training step is none of them; train without, and give these settings to load_linear"
+                "training step is none of them; train without, where it can do without, and give these settings to load_linear"
             )
         for name, low, high in (("steps", 1, 10**9), ("batch", 1, 10**6), ("micro_batch", 1, 10**6), ("warmup", 0, 10**9),
                                 ("radius_steps", 0, 10**9), ("seed", 0, 2**62), ("workers", 0, 256), ("save_every", 1, 10**9),

@@ -49,7 +49,7 @@ class Ranks:
         from accelerate.utils import InitProcessGroupKwargs
 
         check_device(config.precision)
-        _check_launch()
+        _check_launch(config)
         there = dist.is_initialized()
         alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
         if config.parallel == "fsdp" and alone:
@@ -199,18 +199,23 @@ def _without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def _check_launch() -> None:
+def _check_launch(config: DistillConfig) -> None:
     """Raise ValueError for what `accelerate launch` can be asked for and a run has fields of its own for."""
-    for name, words in (
-        ("ACCELERATE_USE_FSDP", "set parallel=fsdp"),
-        ("ACCELERATE_USE_DEEPSPEED", "set parallel=fsdp"),
-        ("ACCELERATE_USE_MEGATRON_LM", "set parallel=fsdp"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "set parallel=fsdp"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "set micro_batch, and the rest of the batch is accumulated"),
+    off, share = ("", "0", "false", "no"), "set parallel=fsdp"
+    precision = PRECISIONS[config.precision]
+    for name, fine, words in (
+        ("USE_FSDP", off, share),
+        ("USE_DEEPSPEED", off, share),
+        ("USE_MEGATRON_LM", off, share),
+        ("USE_PARALLELISM_CONFIG", off, share),
+        ("GRADIENT_ACCUMULATION_STEPS", ("", "1"), "set micro_batch, and the rest of the batch is accumulated"),
+        ("MIXED_PRECISION", ("", "no", precision), "set precision"),
+        ("DYNAMO_BACKEND", (*off, "none"), "train without torch.compile"),
     ):
-        if os.environ.get(name, "").lower() not in ("", "false", "1"):
+        told = os.environ.get(f"ACCELERATE_{name}", "")
+        if told.lower() not in fine:
             raise ValueError(
-                f"accelerate was told {name}={os.environ[name]}, which a run does not follow; take it out and {words}"
+                f"accelerate was told ACCELERATE_{name}={told}, which a run does not follow; take it out and {words}"
             )
 
 

@@ -53,7 +53,7 @@ class StepEvent:
 class Cancelled(Exception):
     """The job was stopped on request and the pipeline can be used again.
 
-    Nothing was written, but of a film that had begun: its checkpoints are kept, and the part of the file that plays.
+    Nothing was written, except of a film that had begun: its checkpoints are kept, and the part of the file that plays.
     """
 
 

@@ -102,11 +102,13 @@ def hold(folder: Path) -> IO[str]:
     """
     check_writable(folder)
     busy = ValueError(f"another process works in {folder}; wait for its end, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     except FileNotFoundError:  # the one that `held` it has just taken the folder away
         raise busy from None
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}; choose another folder") from None
     if fcntl is None:
         return file
     try:
@@ -133,11 +135,13 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        ours = os.fstat(file.fileno()).st_nlink > 0  # else it went with the folder, and what is there now is another's
         if fcntl is None:
             file.close()  # Windows removes no open file
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)  # before the lock is given back: else it could be another's
-            folder.rmdir()  # fails if anything else is there
+        if ours:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()  # before the lock is given back: else it could be another's
+                folder.rmdir()  # fails if anything else is there
         file.close()
 
 

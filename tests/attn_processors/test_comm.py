@@ -115,24 +115,27 @@ def test_words_of_trouble_are_those_of_the_job():
 FROZEN = """
 import datetime, time
 import torch, torch.distributed as dist
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+dist.init_process_group("gloo")
+from reattend.attn_processors import comm as comm_file
 from reattend.attn_processors.comm import Comm, RankLost
-comm = Comm.of_group()
+comm_file.PATIENCE = 6.0
+comm = Comm.of_group(dist.new_group(timeout=datetime.timedelta(seconds=3)))
+comm.everyones(torch.tensor(comm.rank))  # all are there, and connected
 if comm.rank == 1:
-    time.sleep(8)
+    time.sleep(20)
 else:
     try:
         comm.everyones(torch.tensor(comm.rank))
     except RankLost as lost:
         print(f"{lost}\\n", end="", flush=True)
-    time.sleep(3)
+    time.sleep(12 if comm.rank == 0 else 0)  # it has the store
 """
 
 
 def test_a_frozen_rank_is_named_by_those_who_wait_for_somebody_else():
     done = forked(5, FROZEN, ["torch", "torch.distributed", "reattend.attn_processors.comm"])
     said = done.stdout.splitlines()
-    assert len(said) == 4, done.stderr[-2000:]
+    assert len(said) == 4 and done.returncode == 0, done.stderr[-2000:]
     for line in said:
         assert "in vain for rank 1 of 5" in line or ", which waits, too; no word from rank 1 (" in line
     assert any(line.startswith("rank 4 waited in vain for rank 2 of 5, which waits, too") for line in said)

@@ -49,12 +49,13 @@ def test_our_path_up_to_the_window_is_the_stock_model(model, frames):
     close(tiny.denoise_video(model, frames), want)
 
 
-@pytest.mark.parametrize("t", [999, 10], ids=["anchors favoured", "window favoured"])
+@pytest.mark.parametrize("t", [999, 10], ids=["anchors favoured", "nothing favoured"])
 @pytest.mark.parametrize(
     ("frames", "settings"),
     [
         (9, {"train_frames": 8}),
         (16, SETTINGS),
+        (16, {**SETTINGS, "phases": (ScopePhase(window=10.0),)}),
         (11, {"window": 1, "anchors": 4, "token_scale": "log"}),
         (11, {"window": 1, "anchors": 0, "token_scale": "log"}),  # each frame sees itself alone
         (7, {"window": 3, "anchors": 64, "token_scale": "sqrt_log"}),

@@ -82,6 +82,7 @@ def test_the_defaults_are_those_published_with_clear():
 def test_one_prompt_is_a_text_and_several_are_a_list():
     make = lambda prompts: DistillConfig(model="m", data="d", validation_prompts=prompts).validation_prompts  # noqa: E731
     assert make("a cat, in a hat") == ("a cat, in a hat",)
+    assert make(" ") == make("()") == ()
     assert make("('a cat', 'a hat')") == make(["a cat", "a hat"]) == ("a cat", "a hat")
 
 

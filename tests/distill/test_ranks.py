@@ -82,6 +82,8 @@ def test_what_is_inside_is_sharded_first(sd, config, monkeypatch):
         ("ACCELERATE_USE_FSDP", "true", "parallel=fsdp"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "parallel=fsdp"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "set precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "without torch.compile"),
     ],
 )
 def test_what_only_accelerate_was_told_is_refused(config, monkeypatch, name, value, remedy):
@@ -91,7 +93,7 @@ def test_what_only_accelerate_was_told_is_refused(config, monkeypatch, name, val
         Ranks.joined(config()),
     ):
         pass
-    monkeypatch.setenv(name, "1" if value == "4" else "false")
+    monkeypatch.setenv(name, "1" if value == "4" else "no")
     with Ranks.joined(config()) as ranks:
         assert ranks.size == 1
 

@@ -128,5 +128,5 @@ def test_weights_in_other_places_are_other_weights(shape, dtype):
 
 def test_the_digest_changes_with_phases_that_are_left_to_the_default(animatediff, monkeypatch):
     before = request_digest(recipe(), animatediff)
-    monkeypatch.setattr(dual_scope, "PAPER", (dual_scope.ScopePhase(window=1.0),))
+    monkeypatch.setattr(dual_scope, "PHASES", (dual_scope.ScopePhase(window=1.0),))
     assert request_digest(recipe(), animatediff) != before

@@ -88,6 +88,15 @@ def test_a_folder_that_was_held_for_a_block_keeps_what_was_put_there_and_no_lock
     assert not folder.exists()
 
 
+def test_the_lock_of_another_that_came_in_the_meantime_is_left_alone(tmp_path):
+    folder = tmp_path / "film.mp4.parts"
+    with held(folder):
+        shutil.rmtree(folder)  # as a finished film does
+        folder.mkdir()
+        (folder / ".lock").touch()  # and the next process takes it
+    assert (folder / ".lock").exists()
+
+
 def test_a_lock_that_was_taken_away_in_between_is_none(tmp_path, monkeypatch):
     plain = files.fcntl.lockf
 

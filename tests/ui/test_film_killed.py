@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,16 +38,20 @@ def test_the_process_that_is_left_ends_with_the_name_of_the_one_that_was_killed(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["reattend.ui.cli", "video", *FILM, *SCOPES, "--model", str(model), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
     try:
         end = time.monotonic() + PATIENCE
         while not parts_folder(out).exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(2)  # it is held before the first step; nine hundred take longer
         os.kill(rank_of(process.pid, 1), signal.SIGKILL)
         said, _ = process.communicate(timeout=PATIENCE)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # torchrun, and ranks it may have left
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == 1, said
     assert "reattend: rank 0 waited in vain for rank 1 of 2 in" in said, said
