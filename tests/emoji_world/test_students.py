@@ -123,7 +123,7 @@ def test_a_comparison_that_dies_anywhere_goes_on_and_says_the_same(tmp_path, mon
         "| form", "| teacher", "| clear radius=2", "| linear",
     ]  # fmt: skip
     assert len({line.count("|") for line in shown if line.startswith("|")}) == 1
-    assert shown[5].split(" | ")[12].endswith("x)") and shown[5].endswith(" s |")  # of the step, of the training
+    assert shown[5].split(" | ")[-2].endswith("x)") and shown[5].endswith(" s |")  # of the step, of the training
     assert "clear radius=2: " in shown[-1] and "points against the teacher" in shown[-1]
 
 
