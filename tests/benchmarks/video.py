@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,12 +56,15 @@ WHOLE_FRAMES, WHOLE_RANKS = 2304, 8  # the film whose whole run is predicted
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, and keeps the highest sum that was alive at once."""
+    """Counts the bytes of tensors that operations make, and keeps the highest sum that was alive at once.
 
-    def __init__(self) -> None:
+    given: tensors whose memory was there before, and of which views are none of the operations' own.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.known: set[int] = set()
+        self.known = {value.untyped_storage()._cdata for value in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -89,10 +92,10 @@ def working_set() -> Iterator[dict[str, int]]:
     found, plain = {"bytes": 0}, stream.run_part
 
     def weighed(forward: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        given = sum(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with Meter() as meter:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]  # on a CPU views of the whole film
+        with Meter(given) as meter:
             out = plain(forward, args, kwargs)
-        found["bytes"] = max(found["bytes"], given + meter.most)
+        found["bytes"] = max(found["bytes"], sum(x.nbytes for x in given) + meter.most)
         return out
 
     stream.run_part = weighed
