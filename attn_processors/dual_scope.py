@@ -74,9 +74,7 @@ class DualScopeAttnProcessor(AttnMethod):
     anchors: int = 16  # frames from all over the film that every frame sees; more = things stay alike, slower
     train_frames: int = 16  # frames of the clips the model was trained on
     token_scale: TokenScale = "none"  # sharpen the softmax where more frames are seen than in training
-    phases: tuple[ScopePhase, ...] | None = (
-        None  # what is favoured when; None: the anchors in the first fifth of the steps
-    )
+    phases: tuple[ScopePhase, ...] | None = None  # what is favoured when; None: the anchors, in the first fifth
 
     name: ClassVar[str] = NAME
     roles: ClassVar[tuple[str, ...]] = ("temporal",)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..pipelines.checks import check_number, complete_attention
+from ..pipelines.checks import check_number, complete_attention, method_of
 from ..pipelines.files import written_whole
 
 if TYPE_CHECKING:
@@ -180,10 +180,7 @@ class DistillConfig:
     @property
     def method(self) -> AttnMethod:
         """What the student attends with."""
-        from ..attn_processors import ATTN_PROCESSORS
-
-        settings = {key: value for key, value in self.attention.items() if key != "name"}
-        return ATTN_PROCESSORS[self.attention["name"]].from_settings(settings)
+        return method_of(self.attention)
 
     def to_json(self) -> str:
         """The fields as indented JSON, paths as text."""
@@ -226,7 +223,6 @@ class DistillConfig:
     def conflict(self, other: DistillConfig) -> str | None:
         """A field in which `other` would be another training than this one, or None."""
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
-        free = (
-            FREE if self.schedule == "constant" else [name for name in FREE if name != "steps"]
-        )  # the rate falls with them
-        return next((name for name in mine if name not in free and mine[name] != theirs[name]), None)
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        falls = self.schedule != "constant"  # the rate, to the last of the steps
+        return next((name for name in differing if name not in FREE or (name == "steps" and falls)), None)

@@ -4,7 +4,7 @@
 
 Writes to out/demo/: every picture with its recipe, one contact sheet (sheet.png), a table of times and of what the
 reader saw in the pictures (table.md, table.json), the story of story.json (story/strip.png), and a film three times as long as
-the clips its model knows (film.mp4, with some of its frames in film.png). Needs no network and about two minutes on two CPU
+the clips its model knows (film.mp4, with some of its frames in film.png). Needs no network and about a minute on two CPU
 cores.
 """
 

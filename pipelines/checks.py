@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..attn_processors import AttnMethod
 
 __all__ = [
     "SIDE", "STEPS", "attention_entry", "attention_in_full", "check_number", "check_side", "check_text",
-    "complete_attention",
+    "complete_attention", "method_of",
 ]  # fmt: skip
 
 SIDE = (8, 8192)  # smallest and largest width or height, in pixels
@@ -58,25 +61,28 @@ def complete_attention(entries: object) -> tuple[dict[str, Any], ...]:
 
     complete = []
     for entry in entries:
-        settings = dict(entry)
-        name = settings.pop("name", None)
+        name = entry.get("name")
         if not isinstance(name, str) or name not in ATTN_PROCESSORS:
             raise ValueError(
                 f"unknown attention: got {name!r}, there are {', '.join(ATTN_PROCESSORS)}; choose one of them"
             )
-        complete.append({"name": name, **ATTN_PROCESSORS[name].from_settings(settings).settings()})
+        complete.append({"name": name, **method_of(entry).settings()})
     return tuple(complete)
 
 
 def attention_in_full(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Complete entries with the schedule that runs, which their settings may leave to a default of this version."""
+    return [
+        {**entry, "schedule": [asdict(phase) for phase in getattr(method_of(entry), "schedule", ())]}
+        for entry in entries
+    ]
+
+
+def method_of(entry: Mapping[str, Any]) -> AttnMethod:
+    """What an entry of a recipe stands for. Raises TypeError or ValueError for its settings; its name is a known one."""
     from ..attn_processors import ATTN_PROCESSORS
 
-    full = []
-    for entry in entries:
-        method = ATTN_PROCESSORS[entry["name"]].from_settings({key: entry[key] for key in entry if key != "name"})
-        full.append({**entry, "schedule": [asdict(phase) for phase in getattr(method, "schedule", ())]})
-    return full
+    return ATTN_PROCESSORS[entry["name"]].from_settings({key: entry[key] for key in entry if key != "name"})
 
 
 def attention_entry(name: str = "", *pairs: str) -> dict[str, str]:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..attn_processors import ATTN_PROCESSORS, installed
+from ..attn_processors import installed
 from ..attn_processors.context import context_of
 from ..attn_processors.planning import denoisers
+from .checks import method_of
 from .events import CancelToken, StepEvent
 from .filling_in import filled_in, text_length
 from .load import load
@@ -204,10 +205,7 @@ def attention_of(recipe: Recipe, pipe: Any) -> contextlib.AbstractContextManager
         )
     if recipe.linear is not None:
         return _student(recipe.linear, pipe)
-    methods = [
-        ATTN_PROCESSORS[entry["name"]].from_settings({key: value for key, value in entry.items() if key != "name"})
-        for entry in recipe.attention
-    ]
+    methods = [method_of(entry) for entry in recipe.attention]
     return installed(pipe, methods) if methods else contextlib.nullcontext()
 
 

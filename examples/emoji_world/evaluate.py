@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..attn_processors import ATTN_PROCESSORS, installed
+from ..pipelines.checks import method_of
 from ..pipelines.files import written_whole
 from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
@@ -63,10 +64,7 @@ class Arm:
     @contextlib.contextmanager
     def inside(self, pipe: Any) -> Iterator[None]:
         """The pipeline as this arm wants it. Entered anew for each batch, so that no random state runs on."""
-        methods = [
-            ATTN_PROCESSORS[entry["name"]].from_settings({key: entry[key] for key in entry if key != "name"})
-            for entry in self.attention
-        ]
+        methods = [method_of(entry) for entry in self.attention]
         with contextlib.ExitStack() as stack:
             if methods:
                 stack.enter_context(installed(pipe, methods))

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..attn_processors import ATTN_PROCESSORS, Handle, install
+from ..attn_processors import install
 from ..distill import DistillConfig, distill, evaluate, load_linear, make_dataset
 from ..distill.comparison import closeness, step_flops
 from ..distill.data import own_size
@@ -34,7 +34,7 @@ from ..distill.linear_folder import read_linear
 from ..distill.progress import TrainEvent
 from ..distill.ranks import check_device
 from ..distill.validation import pictures
-from ..pipelines.checks import complete_attention
+from ..pipelines.checks import complete_attention, method_of
 from ..pipelines.files import written_whole
 from ..pipelines.load import load
 from .evaluate import SHOWN, contact_sheet, environment, model_settings, picture_path
@@ -126,7 +126,7 @@ def compare(
     pipe = load(model, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     for config in trainings.values():  # raises where a form has no layer in this model, before anything is written
-        installed_form(pipe, config.attention).remove()
+        install(pipe, config.method).remove()
     side, _ = own_size(pipe)
     length = text_length if hasattr(pipe, "transformer") else None  # UNets have one
     settings = {
@@ -170,7 +170,7 @@ class Judge:
             if isinstance(student, Path):
                 stack.callback(load_linear(self.pipe, student).remove)
             elif student is not None:
-                stack.callback(installed_form(self.pipe, student).remove)
+                stack.callback(install(self.pipe, method_of(student)).remove)
             for start in range(0, len(missing), BATCH):
                 some = missing[start : start + BATCH]
                 made, latents = pictures(
@@ -233,12 +233,6 @@ def _write(out: Path, results: Results, forms: Sequence[str], samples: int, more
         summary_path.write_text(json.dumps(summary, indent=2) + "\n")
         sheet.save(sheet_path, "PNG")
     return summary
-
-
-def installed_form(pipe: Any, attention: dict[str, Any]) -> Handle:
-    """Install an entry of a recipe, with all settings, untrained."""
-    rest = {key: value for key, value in attention.items() if key != "name"}
-    return install(pipe, ATTN_PROCESSORS[attention["name"]].from_settings(rest))
 
 
 def attention_of(form: str) -> dict[str, Any]:

@@ -114,6 +114,26 @@ def test_the_meter_sees_what_lives_at_once():
     assert meter.most == 8000 and meter.now == 4000
 
 
+def test_the_memory_of_a_view_of_what_was_given_is_not_what_a_part_made():
+    film = torch.zeros(100, 1000)
+    clip = film[2:4]
+    with video.working_set() as found:
+        video.stream.run_part(lambda x: x.view(-1) + 1, [clip], {})
+    assert found["bytes"] == 2 * 8000  # the clip, and as much made of it
+
+
+def test_a_film_is_weighed_without_gradients(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        video.stream,
+        "run_part",
+        lambda forward, *given: seen.append(torch.is_grad_enabled()) or forward(*given[0], **given[1]),
+    )
+    model = copy.deepcopy(tiny.animatediff())
+    video.ours(model, 17, torch.device("cpu"))
+    assert seen and not any(seen)
+
+
 def test_the_working_set_is_that_of_a_clip():
     model, most = copy.deepcopy(tiny.animatediff().unet), {}
     install(model, "dual-scope", window=4, anchors=2)

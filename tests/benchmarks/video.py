@@ -123,6 +123,7 @@ def build(device: torch.device) -> Any:
     return AnimateDiffPipeline(**parts, motion_adapter=adapter).to(device)
 
 
+@torch.no_grad()
 def call(model: Any, frames: int, device: torch.device) -> None:
     """STEPS calls of the UNet on noise, latents in host memory if they are streamed."""
     side, draw = model.config.sample_size, torch.Generator().manual_seed(0)
@@ -139,7 +140,7 @@ def ours(pipe: Any, frames: int, device: torch.device) -> dict[str, Any]:
             run = measured(lambda: call(pipe.unet, frames, torch.device("cpu")), device)
             weighed = run.peak_mib
             if device.type != "cuda":
-                with torch.no_grad(), working_set() as found:  # else all that 1,024 frames made is kept
+                with working_set() as found:
                     call(pipe.unet, frames, torch.device("cpu"))
                 weighed = found["bytes"] / 2**20
     finally:
@@ -198,8 +199,7 @@ def one_of_ranks(frames: int) -> None:
     install(pipe, "dual-scope")
     with streamed(pipe, frames) as film:
         count = film.own[1] - film.own[0]
-        with torch.no_grad():
-            call(pipe.unet, count, device)  # connections are made at the first message
+        call(pipe.unet, count, device)  # connections are made at the first message
         film.comm.sent = 0
         run = measured(lambda: call(pipe.unet, count, device), device)
         side = pipe.unet.config.sample_size
@@ -271,9 +271,7 @@ def measure(conditions: Conditions) -> Found:
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     lengths = QUICK_LENGTHS if quick else LENGTHS
-    with torch.no_grad():
-        # What only the first call does, such as choosing kernels, is no film's cost.
-        call(pipe.unet, lengths[0], device)
+    call(pipe.unet, lengths[0], device)  # what only the first call does, such as choosing kernels, is no film's cost
     pace = {OURS: 0.0, PEER: 0.0}  # of the longest film so far
     outgrown: set[str] = set()  # arms that ran out of memory
     for frames in lengths:
