@@ -121,7 +121,9 @@ def measure(conditions: Conditions) -> Found:
     device, quick = conditions.device, conditions.quick
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = cases_for(device, quick)
-    repeat(cases, partial(time_arm, device=device, dtype=dtype), conditions)
+    # A card runs kernels compiled for one case, and few are kept: there each case has all its rounds at once.
+    for together in [[case] for case in cases] if device.type == "cuda" else [cases]:
+        repeat(together, partial(time_arm, device=device, dtype=dtype), conditions)
     return Found(
         dtype,
         cases=[_told(case) for case in cases],
