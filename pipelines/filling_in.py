@@ -17,9 +17,10 @@ import diffusers
 import torch
 
 from .checks import check_number
+from .load import GUIDANCE
 from .recipe import Recipe
 
-__all__ = ["check_length", "chosen_length", "completed", "filled_in", "text_length"]
+__all__ = ["check_length", "chosen_guidance", "chosen_length", "completed", "filled_in", "text_length"]
 
 LONGEST_TEXT = 512  # tokens; the pipelines take no more
 
@@ -59,11 +60,7 @@ def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter
         raise ValueError(
             f"the recipe computes in {recipe.dtype}, this pipeline in {dtype}; load it with dtype={recipe.dtype!r}"
         )
-    guidance = recipe.guidance
-    if guidance is None and "guidance_scale" in accepts:
-        guidance = accepts["guidance_scale"].default
-    elif guidance is not None and "guidance_scale" not in accepts:
-        raise ValueError(f"{type(pipe).__name__} takes no guidance, got {guidance}; leave it out")
+    guidance = chosen_guidance(pipe, recipe.guidance)
     if recipe.negative and "negative_prompt" not in accepts:
         raise ValueError(f"{type(pipe).__name__} takes no negative prompt, got {recipe.negative!r}; leave it out")
     return replace(
@@ -81,6 +78,20 @@ def completed(recipe: Recipe, pipe: Any, accepts: Mapping[str, inspect.Parameter
             "scheduler": type(pipe.scheduler).__name__,
         },
     )
+
+
+def chosen_guidance(pipe: Any, asked: float | None) -> float | None:
+    """Classifier-free guidance as asked, or what a bundled model draws best with, or the stock call's default.
+
+    None where the call takes no guidance. Raises ValueError if it is asked for one then.
+    """
+    accepts = inspect.signature(pipe.__call__).parameters
+    if "guidance_scale" in accepts:
+        own = GUIDANCE.get(pipe.config.get("_name_or_path"), accepts["guidance_scale"].default)
+        return own if asked is None else asked
+    if asked is not None:
+        raise ValueError(f"{type(pipe).__name__} takes no guidance, got {asked}; leave it out")
+    return None
 
 
 def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:

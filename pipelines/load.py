@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["ModelUnavailable", "bundled", "load"]
+__all__ = ["GUIDANCE", "ModelUnavailable", "bundled", "load"]
 
 TINY = Path(__file__).with_name("tiny")
 LENDER = "tiny-sd"  # bundled models need not bring along what they share with it
+GUIDANCE = {"tiny-sd": 3.0, "tiny-video": 3.0}  # with which bundled models draw best; of others the stock call knows it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

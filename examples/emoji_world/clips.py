@@ -22,6 +22,7 @@ import tyro
 from PIL import Image
 
 from ..pipelines.files import written_whole
+from ..pipelines.filling_in import chosen_guidance
 from ..pipelines.load import load
 from .evaluate import MEASURES, contact_sheet, environment, model_settings
 from .identity import centre_of, judge, name_of
@@ -64,7 +65,7 @@ def clips(
         out: folder of `results.jsonl`, `summary.json`, the first clips and their sheet `contact.png`.
         samples: held-out captions; clip i has the seed `seed + i`.
         steps: denoising steps.
-        guidance: classifier-free guidance; None is the pipeline's own default.
+        guidance: classifier-free guidance; None is the model's own.
         frames: of a clip.
         on_progress: called with clips done and in all.
 
@@ -79,7 +80,7 @@ def clips(
         if value < least:
             raise ValueError(f"{name} is {value}, need at least {least}; give a larger number")
     pipe = load(model) if isinstance(model, (str, Path)) else model
-    out = Path(out)
+    out, guidance = Path(out), chosen_guidance(pipe, guidance)
     settings = {"frames": frames, "steps": steps, "guidance": guidance, "seed": seed, **model_settings(pipe)}
     results = Results(out / "results.jsonl", FORMAT, settings)
     captions = sample_captions(np.random.default_rng(seed), samples)

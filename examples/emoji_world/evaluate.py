@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..pipelines.checks import method_of
 from ..pipelines.files import written_whole
+from ..pipelines.filling_in import chosen_guidance
 from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
 from .rates import Difference, Rate, difference, rate
@@ -139,7 +140,7 @@ def evaluate(
         out: folder of `results.jsonl`, `summary.json`, the first pictures of every arm and the sheet `contact.png`.
         samples: held-out captions; picture i has the seed `seed + i`, in every arm. More can be added later.
         steps: denoising steps.
-        guidance: classifier-free guidance; None is the pipeline's own default.
+        guidance: classifier-free guidance; None is the model's own.
         seed: chooses the captions and the pictures' noise.
         batch: pictures per pipeline call; more = faster and more memory. Results depend on it by rounding only.
         command: what repeats this run, for the summary.
@@ -160,7 +161,7 @@ def evaluate(
         raise ValueError(
             f"{type(pipe).__name__} makes clips, not pictures; look at them with python -m reattend.emoji_world.clips"
         )
-    out = Path(out)
+    out, guidance = Path(out), chosen_guidance(pipe, guidance)
     settings = {
         "arms": [{"name": arm.name, "attention": list(arm.attention)} for arm in arms],
         "steps": steps,
