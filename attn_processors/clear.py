@@ -66,6 +66,7 @@ class ClearAttnProcessor(AttnMethod):
     name: ClassVar[str] = NAME
     roles: ClassVar[tuple[str, ...]] = ("spatial", "joint")
     honours_padding: ClassVar[bool] = True
+    any_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +105,11 @@ class ClearAttnProcessor(AttnMethod):
         """The pattern of the layer with this name."""
         own = (radius for expression, radius in self.radii if re.search(expression, layer))
         return self.shape(next(own, self.radius))
+
+    @property
+    def wants_tiles(self) -> bool:
+        """The block-sparse kernel does."""
+        return self.backend == "flex"
 
     @property
     def phased(self) -> bool:
@@ -218,4 +224,4 @@ class Local:
 def layout_of(swap: Swap, context: Context, grid: tuple[int, int]) -> TokenLayout:
     """The sequence a layer of this call sees on this grid."""
     before, after = swap.ours.others(context)
-    return TokenLayout(*grid, before=before, after=after)
+    return TokenLayout(*grid, before=before, after=after, order=context.order)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from .compat import require_backend
+from .families import UnsupportedModel
 from .layer import LayerProcessor
 from .method import AttnMethod, LayerInfo
+from .tile_order import TileOrder
 
 if TYPE_CHECKING:
     from .families import Family
+    from .ops.layout import Order
     from .ops.scopes import Clip
     from .ops.strips import Strip
 
@@ -88,6 +92,7 @@ class Context:
         clip: this rank's frames, where a film is worked on in parts; None = it is whole
         rows: the pictures of the batch that a layer works on, where they come in clips; None = all
         strip: this rank's rows of the grid, where the picture is split over ranks; None = it is whole
+        order: how the picture's tokens follow each other in the layers; the model is called with raster order
         device: of the call
         timestep: as it was passed, never converted here; times `timestep_unit` it is the scheduler's
     `slots` holds what methods keep between `prepare` and their layers, under a key of their own. It is not copied with
@@ -100,6 +105,7 @@ class Context:
         self.grids: dict[int, tuple[int, int]] = {}
         self.text, self.references = 0, 0
         self.strip: Strip | None = None
+        self.order: Order = "raster"
         self.clip: Clip | None = None
         self.rows: tuple[int, int] | None = None
         self.batch, self.frames = 0, 1
@@ -112,7 +118,8 @@ class Context:
         self._values: list[float] = []
         self._last = 0
         self._position: tuple[float, int | None] | None = None
-        self._hook = model.register_forward_pre_hook(self, with_kwargs=True)
+        self._hooks = [model.register_forward_pre_hook(self, with_kwargs=True)]
+        self._reorders = False
 
     # -- what methods may ask (outside compiled regions) --------------------------------------------------------------
 
@@ -129,10 +136,24 @@ class Context:
         self.slots.clear()
         self._last, self._position = 0, None
 
+    def let_reorder(self) -> None:
+        """Hook the model so that its tokens can be in tile order, where its family can."""
+        if not self._reorders:
+            tiles = TileOrder(self)
+            with suppress(UnsupportedModel):
+                self._hooks += self.family.rearrange(self, tiles.take, tiles.join)
+                self._reorders = True
+
+    def close(self) -> None:
+        """Leave the model."""
+        for hook in self._hooks:
+            hook.remove()
+
     # -- the hook -----------------------------------------------------------------------------------------------------
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.family.read(self, args, kwargs)
+        self.order = "tile" if self._reorders and self._tiles_pay() else "raster"
         self._position = None
         if not torch.compiler.is_compiling():
             self.adopt()
@@ -144,6 +165,14 @@ class Context:
                 for swap in installation.swaps:
                     swap.ours.phase = phase
             method.prepare(self)
+
+    def _tiles_pay(self) -> bool:
+        """Whether a method gains by tile order in this call, and none minds. Training has the order of its teacher."""
+        methods = [item.method for item in self.installations]
+        neutral = any(swap.ours.neutral for item in self.installations for swap in item.swaps)
+        calm = not (neutral or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        whole = self.strip is None and len(self.grids) == 1
+        return calm and whole and all(m.any_order for m in methods) and any(m.wants_tiles for m in methods)
 
     def adopt(self) -> None:
         """Put ours back where diffusers rebuilt it without settings (loading or unloading an IP-Adapter does)."""

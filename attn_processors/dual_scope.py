@@ -3,7 +3,8 @@
 A frame attends to a window of near frames, as long as the clips the model was trained on, and to a few anchor frames from
 all over the film (`ops.scopes`). The window keeps motion smooth and within what the model knows; the anchors keep things
 what they are. Early steps, which lay out the film, favour the anchors. Source: Tan et al., Video-Infinity (arXiv 2406.16260),
-section 3.3, where later steps favour the window; then things drift from window to window, so here they favour nothing.
+section 3.3, where the first fifth of the steps does so and the rest favours the window. Then things drift from window to
+window; so here the first two fifths do, in which tints are settled, too, and the rest favours nothing.
 
 A film no longer than the window is left to the stock attention: the pipeline with this processor is the stock one, bit for
 bit. `long_video` also takes the film through the model a clip at a time, so sums are in another order: from the same noise it
@@ -60,7 +61,7 @@ class ScopePhase:
                 raise ValueError(f"{name} must be a number from {-LIMIT:g} to {LIMIT:g}, got {getattr(self, name)}.")
 
 
-PHASES = (ScopePhase(until=0.2, anchors=10.0), ScopePhase(until=1.0))  # the first stretch is that of section 3.3
+PHASES = (ScopePhase(until=0.4, anchors=10.0), ScopePhase(until=1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class DualScopeAttnProcessor(AttnMethod):
     anchors: int = 16  # frames from all over the film that every frame sees; more = things stay alike, slower
     train_frames: int = 16  # frames of the clips the model was trained on
     token_scale: TokenScale = "none"  # sharpen the softmax where more frames are seen than in training
-    phases: tuple[ScopePhase, ...] | None = None  # what is favoured when; None: the anchors, in the first fifth
+    phases: tuple[ScopePhase, ...] | None = None  # what is favoured when; None: the anchors, in the first two fifths
 
     name: ClassVar[str] = NAME
     roles: ClassVar[tuple[str, ...]] = ("temporal",)

@@ -150,7 +150,7 @@ def undo(context: Context, item: Installation) -> None:
         log.warning("left %d layers alone, whose processors somebody replaced: %s", len(left), ", ".join(left[:3]))
     context.installations.remove(item)
     if not context.installations:
-        context._hook.remove()
+        context.close()
 
 
 def _fill(
@@ -176,6 +176,8 @@ def _fill(
     for triple in [*item.method.patches(context.model), *replaced]:
         item.patches.append(_patch(*triple))
     item.hooks += item.method.hooks(context)
+    if item.method.wants_tiles:
+        context.let_reorder()
 
 
 def _patch(module: Any, attribute: str, replacement: Any) -> Patch:

@@ -55,7 +55,7 @@ class LayerCall:
     ):
         self._layer, self._attn = layer, attn
         self.x, self.grid, self.mask = x, grid, mask
-        self.layout = self.whole = layout or TokenLayout(*grid)
+        self.layout = self.whole = layout or TokenLayout(*grid, order=layer.context.order)
         self.unmerge = None
         self._q: Tensor | None = None
         self._k: Tensor | None = None

@@ -51,12 +51,18 @@ class AttnMethod:
     roles: ClassVar[tuple[str, ...]] = ("spatial",)  # of the layers it is for
     honours_mask: ClassVar[bool] = False  # True: `attend` uses any `call.mask`; else a masked call is an error
     honours_padding: ClassVar[bool] = False  # True: it uses a mask that hides whole keys, bool of shape (B, 1, 1, N)
+    any_order: ClassVar[bool] = False  # True: its layers work on image tokens in any order, which `call.layout` tells
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             where = f"{type(self).__name__}({field.name}=...)"
             object.__setattr__(self, field.name, coerce(getattr(self, field.name), hints[field.name], where))
+
+    @property
+    def wants_tiles(self) -> bool:
+        """True if its layers are faster with the model's tokens in tile order, see `tile_order`."""
+        return False
 
     def wants(self, layer: LayerInfo) -> bool:
         """True for the layers of its roles that this method is for. Default: all of them."""

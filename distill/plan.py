@@ -208,7 +208,7 @@ def _activations(
     else:
         call["hidden_states"] = made(batch, model.config.in_channels, size[1] // VAE_FACTOR, size[0] // VAE_FACTOR)
     ((context, _),) = roles.handle.parts
-    context._hook.remove()  # it reads numbers, and there are none
+    context.close()  # it reads numbers, and there are none
     context.grids, context.text, context.batch = {height * width: (height, width)}, text_length, batch
     roles.use(_Fused())
     with roles.student(), _counted(model, blocks, kept, inputs):

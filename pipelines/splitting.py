@@ -59,7 +59,7 @@ def patches(target: Any, group: Any = None) -> Iterator[Comm]:
                 context.strip = Strip(comm, ())  # its rows come with each call
                 # Before the family's own hooks, which need the strip, and after the context, which knows the grid.
                 handles.append(model.register_forward_pre_hook(_Splitter(context, comm)))
-                handles += context.family.split(context, _Take(context), _Join(context))
+                handles += context.family.rearrange(context, _Take(context), _Join(context))
         yield comm
     finally:
         for handle in handles:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of diffusers or transfor
 os.environ["DIFFUSERS_ATTN_CHECKS"] = "1"
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,18 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     tiny.sd().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def flex_without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block-sparse kernel as torch computes it without its compiler, which takes long."""
+    from reattend.attn_processors.ops import flex
+
+    flex._kernel.cache_clear()
+
+    def run(q: Any, k: Any, v: Any, mask: Any, score: Any, scale: float) -> Any:
+        return flex.flex_attention(q, k, v, score_mod=score, block_mask=mask, scale=scale)
+
+    monkeypatch.setattr(flex, "compiled_kernel", lambda: run)
+    yield
+    flex._kernel.cache_clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ FAMILIES = {  # class name -> file
     "PixArtTransformer2DModel": "pixart",
     "DiTTransformer2DModel": "pixart",
 }
+
+
+Change = Callable[[Tensor], Tensor]
 
 
 class UnsupportedModel(TypeError):
@@ -80,17 +84,45 @@ class Family:
         """Patches that leave the places of frames to `method`, in models that add them before temporal attention."""
         return []
 
-    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
-        """Hook the model so that it computes on some rows of the picture only; returns handles with `remove`.
+    def rearrange(self, context: Context, take: Change, join: Change) -> list[Any]:
+        """Hook the model so that it computes on other image tokens than it is given; returns handles with `remove`.
 
-        take: image tokens (B, N, ...) of the whole picture -> of this rank's rows, along dimension 1.
+        take: image tokens (B, N, ...) -> those to compute on, chosen along dimension 1: some rows, or another order.
         join: the way back. Both know the grid of the call, which is in the context by then.
 
-        Raises UnsupportedModel where the model cannot be split.
+        Hooks are objects, not closures: a deep copy of the model then has its own. Raises UnsupportedModel where the model
+        cannot be hooked so.
         """
         raise UnsupportedModel(
             f"{type(context.model).__name__} cannot be split over ranks yet; FLUX, Qwen-Image and SD3 can."
         )
+
+
+@dataclass(eq=False)
+class Through:
+    """A forward hook that passes what a module gives through `change`."""
+
+    change: Change
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.change(output)
+
+
+@dataclass(eq=False)
+class TakeArguments:
+    """A root pre-hook that passes arguments of image tokens (B, N, ...), or lists of them, through `take`."""
+
+    names: tuple[str, ...]
+    take: Change
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        found = {name: argument(model, args, kwargs, name) for name in self.names}
+        taken = {
+            name: [self.take(one) for one in value] if isinstance(value, list | tuple) else self.take(value)
+            for name, value in found.items()
+            if value is not None
+        }
+        return replaced(model, args, kwargs, **taken)
 
 
 def argument(model: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:

@@ -7,14 +7,15 @@ call apart, columns 1 and 2 are row and column.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..compat import apply_rotary_emb
-from . import UnsupportedModel, argument, replaced
+from . import Change, TakeArguments, argument, replaced
 from .joint import JointFamily, JointLayer
 
 if TYPE_CHECKING:
@@ -92,24 +93,40 @@ class FluxFamily(JointFamily):
         context.grids = {} if grid is None else {grid[0] * grid[1]: grid}
         context.references = 0 if grid is None else ids.shape[-2] - grid[0] * grid[1]
 
-    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
-        def before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            for name in self.residuals:
-                if argument(model, args, kwargs, name) is not None:
-                    raise UnsupportedModel("a ControlNet's residuals cannot be split over ranks yet; leave it out.")
-            ids = argument(model, args, kwargs, "img_ids")
-            own = take(ids if ids.ndim == 3 else ids[None])
-            hidden_states = take(argument(model, args, kwargs, "hidden_states"))
-            return replaced(model, args, kwargs, hidden_states=hidden_states, img_ids=own if ids.ndim == 3 else own[0])
-
-        def after(model: nn.Module, args: tuple, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (join(output[0]), *output[1:])
-            output.sample = join(output.sample)
-            return output
-
+    def rearrange(self, context: Context, take: Change, join: Change) -> list[Any]:
         model = context.model
-        return [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        if "ControlNet" in type(model).__name__:
+            return super().rearrange(context, take, join)
+        return [
+            model.register_forward_pre_hook(TakeArguments(("hidden_states", *self.residuals), take), with_kwargs=True),
+            model.register_forward_pre_hook(_TakeIds(take), with_kwargs=True),
+            model.register_forward_hook(_JoinOutput(join)),
+        ]
+
+
+@dataclass(eq=False)
+class _TakeIds:
+    """Root pre-hook for image ids, (N, 3) or (B, N, 3)."""
+
+    take: Change
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids = argument(model, args, kwargs, "img_ids")
+        taken = self.take(ids if ids.ndim == 3 else ids[None])
+        return replaced(model, args, kwargs, img_ids=taken if ids.ndim == 3 else taken[0])
+
+
+@dataclass(eq=False)
+class _JoinOutput:
+    """Root hook for what the model gives, a tuple or an object with a sample."""
+
+    join: Change
+
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.join(output[0]), *output[1:])
+        output.sample = self.join(output.sample)
+        return output
 
 
 def raster(ids: Tensor) -> tuple[int, int] | None:

@@ -142,7 +142,7 @@ class JointLayer(LayerProcessor):
             )
             return None
         before, after = (texts, context.references) if self.text_first else (0, context.references + texts)
-        layout = TokenLayout(height, width, before=before, after=after)
+        layout = TokenLayout(height, width, before=before, after=after, order=context.order)
         valid, problem = key_validity(mask, x.shape[0], layout.tokens)
         if mask is not None and problem is None and not (self.method.honours_mask or self.method.honours_padding):
             problem = f"it got an attention_mask, which {type(self.method).__name__} cannot honour"

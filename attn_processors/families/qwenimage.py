@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import UnsupportedModel, argument
+from . import Change, TakeArguments, Through, UnsupportedModel, argument
 from .joint import JointFamily, JointLayer, rotated
 
 if TYPE_CHECKING:
@@ -103,25 +103,28 @@ class QwenImageFamily(JointFamily):
         context.grids = {height * width: (height, width)} if one else {}
         context.references = sum(math.prod(picture) for picture in pictures[1:])
 
-    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+    def rearrange(self, context: Context, take: Change, join: Change) -> list[Any]:
         """Behind the first projection; the positions, which the model makes for the whole picture, likewise."""
         model = context.model
         if getattr(model.config, "zero_cond_t", False):
             raise UnsupportedModel(f"{type(model).__name__} with zero_cond_t cannot be split over ranks yet.")
-
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if argument(module, args, kwargs, "controlnet_block_samples") is not None:
-                raise UnsupportedModel("a ControlNet's residuals cannot be split over ranks yet; leave it out.")
-
-        def positions(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return take(output[0][None])[0], output[1]
-
+        residuals = TakeArguments(("controlnet_block_samples",), take)
         return [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.img_in.register_forward_hook(lambda module, args, output: take(output)),
-            model.pos_embed.register_forward_hook(positions),
-            model.proj_out.register_forward_hook(lambda module, args, output: join(output)),
+            model.register_forward_pre_hook(residuals, with_kwargs=True),
+            model.img_in.register_forward_hook(Through(take)),
+            model.pos_embed.register_forward_hook(_TakePositions(take)),
+            model.proj_out.register_forward_hook(Through(join)),
         ]
+
+
+@dataclass(eq=False)
+class _TakePositions:
+    """Hook for the positions of picture and text."""
+
+    take: Change
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.take(output[0][None])[0], output[1]
 
 
 FAMILY = QwenImageFamily()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..compat import Attention, JointAttnProcessor2_0
 from ..method import LayerInfo
-from . import Family, argument
+from . import Change, Family, TakeArguments, Through, argument
 from .joint import JointCall, JointLayer
 
 if TYPE_CHECKING:
@@ -95,12 +94,16 @@ class SD3Family(Family):
         height, width = (side // patch for side in hidden_states.shape[-2:])
         context.grids = {height * width: (height, width)}
 
-    def split(self, context: Context, take: Callable[[Tensor], Tensor], join: Callable[[Tensor], Tensor]) -> list[Any]:
+    def rearrange(self, context: Context, take: Change, join: Change) -> list[Any]:
         """Behind the patch embedding, whose positions need the whole picture, and before patches become a picture."""
         model = context.model
+        if "ControlNet" in type(model).__name__:
+            return super().rearrange(context, take, join)
+        residuals = TakeArguments(("block_controlnet_hidden_states",), take)
         return [
-            model.pos_embed.register_forward_hook(lambda module, args, output: take(output)),
-            model.proj_out.register_forward_hook(lambda module, args, output: join(output)),
+            model.register_forward_pre_hook(residuals, with_kwargs=True),
+            model.pos_embed.register_forward_hook(Through(take)),
+            model.proj_out.register_forward_hook(Through(join)),
         ]
 
 

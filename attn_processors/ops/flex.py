@@ -2,8 +2,8 @@
 
 The kernel works on blocks of 128 queries and 128 keys and skips blocks in which nobody sees anybody. In raster order a
 block is a strip of 128 tokens, whose disc touches many others; a tile of 8 x 16 touches three to five times fewer. So
-queries and keys are gathered tile by tile, whatever order they come in, followed by blocks of globals and of pooled
-keys; short tiles are filled up with masked keys.
+queries and keys are gathered tile by tile, whatever order they come in, between blocks of the globals before and after
+them; pooled keys come last, and short blocks are filled up with masked keys. Tokens that lie so already are not gathered.
 
 Which blocks meet is worked out from the boxes of the tiles, never from pairs of tokens::
 
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .halo import global_index
 from .layout import TILE, TokenLayout
 from .patterns import Disc, Pattern, Square
 from .pool import Pool, pool_bias
@@ -88,11 +87,16 @@ def attend_blocks(
         shape (B, N, h, d).
     """
     kernel = _kernel(layout, pattern, pool, hidden is not None, q.device, q.dtype, q.shape[-1])
-    rows = (x.index_select(1, i) for x, i in ((q, kernel.queries), (k, kernel.keys), (v, kernel.keys)))
+    rows = (_gathered(x, i) for x, i in ((q, kernel.queries), (k, kernel.keys), (v, kernel.keys)))
     q_blocks, k_blocks, v_blocks = (x.transpose(1, 2) for x in rows)
     mask = kernel.mask if hidden is None else kernel.hiding(hidden)
     out = kernel.run(q_blocks, k_blocks, v_blocks, mask, kernel.score, scale)
-    return out.transpose(1, 2).index_select(1, kernel.back)
+    return _gathered(out.transpose(1, 2), kernel.back)
+
+
+def _gathered(x: Tensor, index: Tensor | None) -> Tensor:
+    """x[:, index], or `x` itself where all is in place."""
+    return x if index is None else x.index_select(1, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,21 +104,21 @@ class _Kernel:
     """What one layout and pattern need.
 
     Attributes:
-        queries, keys: gather indices, into the grid tokens and into [sequence | pooled].
-        back: where each grid token is among the gathered queries, shape (N,).
+        queries, keys: gather indices, into the grid tokens and into [sequence | pooled]; None = as they are.
+        back: where each grid token is among the gathered queries, shape (N,); None = as they are.
         near: mask function of grid keys.
         free: keys that all queries see, bool, one per gathered key.
-        globals_at: where the globals are among the gathered keys.
+        globals_at: where the globals are among the gathered keys, shape (T,).
         mask, score: block mask and score function of the kernel; `score` is None where pooled keys weigh 1.
         run: the compiled kernel.
     """
 
-    queries: Tensor
-    keys: Tensor
-    back: Tensor
+    queries: Tensor | None
+    keys: Tensor | None
+    back: Tensor | None
     near: Callable[..., Tensor]
     free: Tensor
-    globals_at: slice
+    globals_at: Tensor
     mask: BlockMask
     score: Callable[..., Tensor] | None
     run: Callable[..., Tensor]
@@ -122,7 +126,7 @@ class _Kernel:
     def hiding(self, hidden: Tensor) -> BlockMask:
         """The block mask with some globals hidden, which differ from sample to sample; the blocks are the same."""
         free = self.free.repeat(hidden.shape[0], 1)
-        free[:, self.globals_at] &= ~hidden
+        free[:, self.globals_at] = ~hidden
         near = self.near
         mask = copy.copy(self.mask)
         mask.mask_mod = lambda b, h, i, j: free[b, j] | near(b, h, i, j)
@@ -148,38 +152,51 @@ def _kernel(
         slots = inside.view(-1).nonzero().view(-1)
         back = torch.empty(layout.grid_tokens, dtype=torch.int64).scatter(0, queries[slots], slots)
 
-        others = [global_index(layout)]
-        weights = [torch.zeros(layout.global_tokens)]
-        if pool is not None:
-            bias = pool_bias(layout, pool)
-            others.append(torch.arange(layout.tokens, layout.tokens + pool.keys(layout)))
-            weights.append(torch.zeros(pool.keys(layout)) if bias is None else bias.float())
-        start = queries.shape[0]
-        keys, free = queries + layout.before, torch.zeros(start, dtype=torch.bool)
-        score_bias = torch.zeros(start)
-        for index, weight in zip(others, weights, strict=True):
-            padding = -index.shape[0] % BLOCK
-            keys = torch.cat([keys, F.pad(index, (0, padding))])
-            free = torch.cat([free, torch.arange(index.shape[0] + padding) < index.shape[0]])
-            score_bias = torch.cat([score_bias, F.pad(weight, (0, padding))])
+        sequence = torch.arange(layout.tokens + (0 if pool is None else pool.keys(layout)))
+        before, after, pooled = sequence[layout.leading], sequence[layout.trailing], sequence[layout.tokens :]
+        parts = [(_filled(index), _real(index)) for index in (before, after, pooled)]
+        parts.insert(1, (queries + layout.before, torch.zeros_like(queries, dtype=torch.bool)))
+        keys, free = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        start = parts[0][0].shape[0]  # of the tiles
+        end = start + queries.shape[0]
+        globals_at = torch.cat([torch.arange(layout.before), end + torch.arange(layout.after)])
 
         key_place = place.view(-1, 2).masked_fill(~inside.view(-1, 1), NOWHERE)
-        key_place = F.pad(key_place, (0, 0, 0, keys.shape[0] - start), value=NOWHERE)
+        key_place = F.pad(key_place, (0, 0, start, keys.shape[0] - end), value=NOWHERE)
         near = _near(pattern, layout, place.view(-1, 2), key_place, device)
-        queries, keys, back, free = (x.to(device) for x in (queries, keys, back, free))
-        touched, full = _block_lists(layout, pattern, inside.all(dim=1), free.cpu()[start:], hides)
+        may_hide = globals_at if hides else None
+        touched, full = _block_lists(layout, pattern, inside.all(dim=1), free, start // BLOCK, may_hide)
+        query_index, key_index = _gather(queries, layout.grid_tokens, device), _gather(keys, len(sequence), device)
+        back_index, free = _gather(back, len(queries), device), free.to(device)
         mask = BlockMask.from_kv_blocks(
             *_listed(touched & ~full, device),
             *_listed(full, device),
             BLOCK_SIZE=BLOCK,
             mask_mod=lambda b, h, i, j: free[j] | near(b, h, i, j),
         )
-        score = None
-        if score_bias.any():
-            added = score_bias.to(device)
+        score, bias = None, None if pool is None else pool_bias(layout, pool)
+        if bias is not None and bias.any():
+            filling = -len(pooled) % BLOCK
+            added = F.pad(bias.float(), (len(free) - len(pooled) - filling, filling)).to(device)
             score = lambda value, b, h, i, j: value + added[j]  # noqa: E731
-    globals_at = slice(start, start + layout.global_tokens)
-    return _Kernel(queries, keys, back, near, free, globals_at, mask, score, compiled_kernel())
+    return _Kernel(
+        query_index, key_index, back_index, near, free, globals_at.to(device), mask, score, compiled_kernel()
+    )
+
+
+def _filled(index: Tensor) -> Tensor:
+    """Gather indices of whole blocks; what is added repeats nothing real and is masked."""
+    return F.pad(index, (0, -index.shape[0] % BLOCK))
+
+
+def _real(index: Tensor) -> Tensor:
+    """Which of `_filled(index)` are keys, bool."""
+    return F.pad(torch.ones_like(index, dtype=torch.bool), (0, -index.shape[0] % BLOCK))
+
+
+def _gather(index: Tensor, length: int, device: torch.device) -> Tensor | None:
+    """The gather index, or None if it takes all of so many as they are."""
+    return None if torch.equal(index, torch.arange(length)) else index.to(device)
 
 
 def block_tile(layout: TokenLayout) -> tuple[int, int]:
@@ -268,21 +285,25 @@ def _near(
 
 
 def _block_lists(
-    layout: TokenLayout, pattern: Disc | Square, whole: Tensor, free: Tensor, hides: bool
+    layout: TokenLayout, pattern: Disc | Square, whole: Tensor, free: Tensor, start: int, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(touched, full) for all key blocks: tiles, then globals and pooled keys.
+    """(touched, full) for all key blocks.
 
     Args:
         whole: tiles without filling, bool, shape (tiles,).
-        free: which of the global and pooled keys are not padding, bool.
-        hides: whether some globals are hidden, so that their blocks need the mask.
+        free: keys that all queries see, bool.
+        start: blocks before the tiles.
+        hidden: keys that may be hidden, so that their blocks need the mask.
     """
     touched, full = classify(layout, pattern)
+    if hidden is not None:
+        free = free.index_fill(0, hidden, False)
     no_padding = free.view(-1, BLOCK).all(dim=1)
-    if hides:
-        no_padding[: -(-layout.global_tokens // BLOCK)] = False
     every = torch.ones(touched.shape[0], no_padding.shape[0], dtype=torch.bool)
-    return torch.cat([touched, every], dim=1), torch.cat([full & whole, every & no_padding], dim=1)
+    tiles = slice(start, start + whole.shape[0])
+    all_touched, all_full = every.clone(), every & no_padding
+    all_touched[:, tiles], all_full[:, tiles] = touched, full & whole
+    return all_touched, all_full
 
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,6 @@ class FluxTrainer(Trainer):
 
     side = 256
     lean = 1.0  # what goes wrong is which sprites there are, and that is decided early
-    crowds = True  # three sprites are harder than one
     large = 0.2  # upscaling draws sprites of twice as many tokens
 
     def __init__(self, config: FluxConfig):

@@ -63,7 +63,6 @@ class Trainer:
 
     side: int  # of a scene, in pixels
     lean = 0.5  # to the noisy side, see `sample_times`
-    crowds = False  # whether scenes are drawn as often as they have sprites; else all alike
     large = 0.0  # share of the steps after the close-ups that see scenes of twice the side
     tokenizer: CLIPTokenizer  # set by `build`
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline
@@ -177,9 +176,7 @@ class Trainer:
         return "large" if np.random.default_rng((self.config.seed, step, 2)).random() < self.large else "scenes"
 
     def choose(self, scenes: list[world.Scene], count: int, rng: np.random.Generator) -> np.ndarray:
-        """Which scenes of a pool a step learns from, (count,)."""
-        if not self.crowds:
-            return rng.integers(len(scenes), size=count)
+        """Which scenes of a pool a step learns from, (count,): each as often as it has sprites, for three are harder than one."""
         sprites = np.cumsum([len(scene.sprites) for scene in scenes])
         return np.searchsorted(sprites, rng.integers(sprites[-1], size=count), side="right")
 

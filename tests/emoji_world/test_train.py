@@ -151,9 +151,7 @@ def test_guided_steps_learn_the_times_that_the_sampler_visits(
     assert (before.sort().values - wanted).abs().max() > 0.05
 
 
-def test_crowded_scenes_are_drawn_as_often_as_they_have_sprites(
-    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scenes_are_drawn_as_often_as_they_have_sprites(vae_folder: Path, tmp_path: Path) -> None:
     trainer = train_flux.FluxTrainer(train_flux.FluxConfig(vae=vae_folder, out=tmp_path))
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng) for _ in range(200)]
@@ -162,9 +160,6 @@ def test_crowded_scenes_are_drawn_as_often_as_they_have_sprites(
     got = np.bincount(chosen, minlength=200) / 20_000
     share = sprites / sprites.sum()
     assert (np.abs(got - share) < 5 * np.sqrt(share / 20_000)).all()  # five standard deviations
-    monkeypatch.setattr(trainer, "crowds", False)
-    alike = trainer.choose(scenes, 20_000, np.random.default_rng(1))
-    assert np.abs(np.bincount(alike, minlength=200) / 20_000 - 1 / 200).max() < 5 * np.sqrt(0.005 / 20_000)
 
 
 def test_a_share_of_the_steps_sees_scenes_of_twice_the_side(

@@ -10,8 +10,9 @@ import tiny
 import torch
 
 from reattend.attn_processors import install
-from reattend.pipelines import Cancelled, CancelToken, Recipe, generate, preview
-from reattend.pipelines.filling_in import check_length
+from reattend.pipelines import Cancelled, CancelToken, Recipe, generate, load, preview
+from reattend.pipelines.filling_in import check_length, chosen_guidance
+from reattend.pipelines.load import GUIDANCE
 
 RECIPE = Recipe(prompt="a blue car on sand", width=40, height=24, steps=3, guidance=4.0, seed=5)
 AGENT = ({"name": "agent", "ratio": 0.4},)
@@ -45,6 +46,31 @@ def test_the_recipe_of_a_picture_makes_the_same_pixels_again(sd, sd_folder, tmp_
     again = generate(replace(Recipe.read(png), model=str(sd_folder)))  # from a folder with the same weights
     assert np.array_equal(pixels(first), pixels(again))
     assert again.recipe == replace(first.recipe, model=str(sd_folder))
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_a_bundled_model_has_its_own_guidance_and_others_that_of_the_stock_call(sd, name):
+    pipe = load(name)
+    assert (chosen_guidance(pipe, None), chosen_guidance(pipe, 5.0)) == (GUIDANCE[name], 5.0)
+    assert GUIDANCE[name] != chosen_guidance(sd, None) == 7.5
+
+
+def test_a_recipe_without_guidance_makes_a_bundled_models_picture_with_its_own():
+    picture = generate(Recipe(prompt="a red cat on sea", steps=1, seed=1), pipe=(pipe := load("tiny-sd")))
+    assert picture.recipe.guidance == GUIDANCE["tiny-sd"]
+    stock = pipe(
+        "a red cat on sea", num_inference_steps=1, guidance_scale=GUIDANCE["tiny-sd"], generator=torch.manual_seed(1)
+    )
+    assert np.array_equal(pixels(picture), np.asarray(stock.images[0]))
+
+
+def test_guidance_is_refused_where_the_call_takes_none():
+    class Unguided:
+        def __call__(self, prompt): ...
+
+    assert chosen_guidance(Unguided(), None) is None
+    with pytest.raises(ValueError, match=r"Unguided takes no guidance, got 4\.0; leave it out"):
+        chosen_guidance(Unguided(), 4.0)
 
 
 def test_attention_changes_the_picture_and_is_gone_afterwards(sd):

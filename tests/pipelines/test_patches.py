@@ -77,6 +77,26 @@ def test_other_transformers_give_the_same_latents_on_every_rank(name, settings, 
     assert torch.equal(denoise(models[0], (11, 6), batch=2, **more), want)
 
 
+def test_residuals_of_a_controlnet_go_to_their_rows(monkeypatch):
+    draw = torch.Generator().manual_seed(5)
+    more = {
+        name: [torch.randn(1, 11 * 6, 32, generator=draw)]
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+    }
+    models = [tiny.fresh(tiny.flux_pipeline()).transformer for _ in range(2)]
+    for model in models:
+        install(model, "clear", radius=3)
+    want = denoise_flux(models[0], image_ids(11, 6), **more)
+    assert (want - denoise_flux(models[0], image_ids(11, 6))).abs().max() > 100 * EXACT
+
+    def work(rank: int) -> torch.Tensor:
+        with patches(models[rank]):
+            return denoise_flux(models[rank], image_ids(11, 6), **more)
+
+    for got in as_ranks(monkeypatch, 2, work):
+        torch.testing.assert_close(got, want, atol=EXACT * float(want.abs().max()), rtol=0)
+
+
 def test_one_rank_sends_nothing_and_changes_nothing(flux):
     install(flux, "clear", radius=3)
     want = tiny.run(flux)
