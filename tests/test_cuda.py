@@ -54,11 +54,13 @@ SAME = 1e-4  # fp32, relative to the largest value: other kernels of one card, t
 CLOSE = 1e-3  # the same between card and CPU, whose convolutions and exponentials differ as well; TF32 makes it 1e-2
 LEVELS = 2  # of 255: what CLOSE can make of a picture where two levels meet
 
-# A single tile; pooled keys that weigh more than one (a score function); several samples that hide other text.
+# A single tile; pooled keys that weigh more than one (a score function); several samples that hide other text; tokens that
+# lie as the block-sparse kernel wants them.
 CASES = [
     (TokenLayout(13, 9), Disc(3.5), TileWindow((4, 4), 2), None),
     (TokenLayout(20, 20, before=7), Square(7), TileWindow((8, 8), 4), Pool(2, budget=6)),
     (TokenLayout(20, 20, before=77), Disc(5), TileWindow((4, 8), 3), None),
+    (TokenLayout(16, 32, before=128, order="tile"), Disc(4), TileWindow((8, 16), 5), None),
 ]
 
 
