@@ -116,10 +116,10 @@ def test_settings_survive_a_command_line():
     assert method.length == 24 and DualScopeAttnProcessor(train_frames=32).length == 32
 
 
-def test_anchors_are_favoured_in_the_first_fifth_alone_unless_asked_otherwise():
+def test_anchors_are_favoured_in_the_first_two_fifths_alone_unless_asked_otherwise():
     method = DualScopeAttnProcessor()
     favours = [method.schedule[method.phase(step / 10)] for step in range(10)]
-    assert [now.anchors - now.window for now in favours] == [10, 10] + [0] * 8
+    assert [now.anchors - now.window for now in favours] == [10] * 4 + [0] * 6
 
 
 @pytest.mark.parametrize(
