@@ -39,7 +39,9 @@ class Painter:
     def numpy_to_pil(self, values: np.ndarray) -> Any:
         return tiny.sd().numpy_to_pil(values)
 
-    def __call__(self, captions: list[str], generator: list[torch.Generator], **_: Any) -> Any:
+    def __call__(
+        self, captions: list[str], generator: list[torch.Generator], guidance_scale: float = 7.5, **_: Any
+    ) -> Any:
         if self.stop_after == len(self.calls):
             raise KeyboardInterrupt
         seeds = [one.initial_seed() for one in generator]

@@ -99,7 +99,7 @@ def test_a_new_seed_of_the_story_gives_all_panels_new_ones(file, tmp_path):
     assert not set(seeds) & set(others)
 
 
-@pytest.mark.parametrize("options", [["--seed", "4"], ["--steps", "1"], ["--guidance", "3"]])
+@pytest.mark.parametrize("options", [["--seed", "4"], ["--steps", "1"], ["--guidance", "4"]])
 def test_options_that_change_the_rehearsal_ask_again_who_is_where(tmp_path, monkeypatch, options):
     asked = []
 
