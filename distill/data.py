@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..pipelines.checks import check_number, check_side, check_text
 from ..pipelines.files import ENDINGS, PICTURES
-from ..pipelines.filling_in import chosen_length
+from ..pipelines.filling_in import chosen_guidance, chosen_length
 from .denoising import Denoising, Size, denoising_of
 from .shards import EMPTY, FORMAT, INDEX, VERSION, Samples, about_digest, claim, is_whole, read_index, write_shard
 from .sparing import MOST
@@ -68,7 +68,7 @@ def make_dataset(
         samples: how many; default one for each prompt or picture.
         sizes: (width, height) in pixels. Prompts take them in turn, shard by shard; a picture goes to the size nearest to
             its shape, is resized to cover it, and cut at the edges. Default: the pipeline's own.
-        steps, guidance: of the teacher's sampling; guidance None = the pipeline's own.
+        steps, guidance: of the teacher's sampling; guidance None = the model's own.
         text_length: text tokens that captions are padded to; None = as many as `generate` takes.
         seed: the only source of chance.
         shard: samples per file.
@@ -97,7 +97,7 @@ def make_dataset(
         check_number("guidance", guidance, float, 0.0, 1000.0)
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part is (rank, ranks) with 0 <= rank < ranks, got {part}")
-    length = chosen_length(pipe, text_length)
+    length, guidance = chosen_length(pipe, text_length), chosen_guidance(pipe, guidance)
     if samples is not None:
         check_number("samples", samples, int, 1, 10**9)
     sizes = [(int(width), int(height)) for width, height in sizes or [own_size(pipe)]]

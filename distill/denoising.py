@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pipelines.filling_in import guided
+
 __all__ = ["Denoising", "denoising_of"]
 
 Size = tuple[int, int]  # width and height in pixels
@@ -45,7 +47,7 @@ class Denoising:
     def sample(self, prompts: list[str], size: Size, generators: list[torch.Generator], steps: int,
                guidance: float | None, length: int | None) -> Tensor:  # fmt: skip
         """Latents that the stock pipeline makes of captions, (B, ...); `length` of the text in tokens, see `chosen_length`."""
-        more: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+        more: dict[str, Any] = {**guided(self.pipe, guidance)}
         if length is not None:
             more["max_sequence_length"] = length
         return self.pipe(prompt=prompts, width=size[0], height=size[1], generator=generators, num_inference_steps=steps,

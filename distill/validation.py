@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..pipelines.files import written_whole
-from ..pipelines.filling_in import chosen_length
+from ..pipelines.filling_in import chosen_length, guided
 from ..pipelines.image import without_progress_bar
 from .progress import plain
 
@@ -89,7 +89,9 @@ def pictures(
         return tensors
 
     length = chosen_length(pipe, text_length)
-    more = {} if length is None else {"max_sequence_length": length}
+    more: dict[str, Any] = {**guided(pipe, None)}
+    if length is not None:
+        more["max_sequence_length"] = length
     with without_progress_bar(pipe):
         made = pipe(
             prompt=list(prompts), width=size[0], height=size[1], num_inference_steps=steps, output_type="np",

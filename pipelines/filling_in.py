@@ -20,7 +20,7 @@ from .checks import check_number
 from .load import GUIDANCE
 from .recipe import Recipe
 
-__all__ = ["check_length", "chosen_guidance", "chosen_length", "completed", "filled_in", "text_length"]
+__all__ = ["check_length", "chosen_guidance", "chosen_length", "completed", "filled_in", "guided", "text_length"]
 
 LONGEST_TEXT = 512  # tokens; the pipelines take no more
 
@@ -92,6 +92,12 @@ def chosen_guidance(pipe: Any, asked: float | None) -> float | None:
     if asked is not None:
         raise ValueError(f"{type(pipe).__name__} takes no guidance, got {asked}; leave it out")
     return None
+
+
+def guided(pipe: Any, asked: float | None) -> dict[str, float]:
+    """`chosen_guidance` as an argument of the stock call."""
+    guidance = chosen_guidance(pipe, asked)
+    return {} if guidance is None else {"guidance_scale": guidance}
 
 
 def check_length(name: str, text: str, pipe: Any, accepts: Mapping[str, inspect.Parameter]) -> None:

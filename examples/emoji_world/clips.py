@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 
 from ..pipelines.files import written_whole
-from ..pipelines.filling_in import chosen_guidance
+from ..pipelines.filling_in import chosen_guidance, guided
 from ..pipelines.load import load
 from .evaluate import MEASURES, contact_sheet, environment, model_settings
 from .identity import centre_of, judge, name_of
@@ -135,11 +135,10 @@ def reach(readings: Iterable[Sequence[Found]]) -> float:
 
 def _made(pipe: Any, caption: str, seed: int, frames: int, steps: int, guidance: float | None) -> np.ndarray:
     """One stock call: uint8, (F, H, W, 3)."""
-    chosen = {} if guidance is None else {"guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     values = pipe(
         caption, num_frames=frames, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="np", **chosen,
+        output_type="np", **guided(pipe, guidance),
     ).frames[0]  # fmt: skip
     if not np.isfinite(values).all():
         raise RuntimeError("the model computed pictures that are not numbers (NaN); load it with dtype='float32'")

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from ..attn_processors import ATTN_PROCESSORS, installed
 from ..pipelines.checks import method_of
 from ..pipelines.files import written_whole
-from ..pipelines.filling_in import chosen_guidance
+from ..pipelines.filling_in import chosen_guidance, guided
 from ..pipelines.image import without_progress_bar
 from ..pipelines.load import load
 from .rates import Difference, Rate, difference, rate
@@ -221,10 +221,11 @@ def _generate(
     pipe: Any, captions: list[str], seeds: list[int], steps: int, guidance: float | None
 ) -> list[Image.Image]:
     """One stock pipeline call; every picture has its own noise, whatever else is in the batch."""
-    chosen = {} if guidance is None else {"guidance_scale": guidance}
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
     with without_progress_bar(pipe):
-        values = pipe(captions, num_inference_steps=steps, generator=generators, output_type="np", **chosen).images
+        values = pipe(
+            captions, num_inference_steps=steps, generator=generators, output_type="np", **guided(pipe, guidance)
+        ).images
     if not np.isfinite(values).all():
         raise RuntimeError("the model computed pictures that are not numbers (NaN); load it with dtype='float32'")
     return pipe.numpy_to_pil(values)

@@ -60,7 +60,7 @@ class SdTrainer(Trainer):
     """tiny-sd: a UNet and a CLIP text encoder, at 128 px."""
 
     side = 128
-    lean = 0.7
+    lean = 0.7  # as it was last trained
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer = captions.build_tokenizer()

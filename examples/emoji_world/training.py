@@ -62,7 +62,7 @@ class Trainer:
     """
 
     side: int  # of a scene, in pixels
-    lean = 0.5  # to the noisy side, see `sample_times`
+    lean: float  # to the noisy side, see `sample_times`
     large = 0.0  # share of the steps after the close-ups that see scenes of twice the side
     tokenizer: CLIPTokenizer  # set by `build`
     parts: dict[str, nn.Module]  # the modules that are trained, by their names in the pipeline

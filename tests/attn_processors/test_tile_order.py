@@ -163,6 +163,7 @@ def test_neutral_layers_keep_raster_order_as_a_teacher_has_it():
         for swap in item.swaps:
             swap.ours.neutral = True
     assert torch.equal(denoise_flux(model, image_ids(9, 20)), want)
+    assert context_of(model).order == "raster"
 
 
 def test_with_gradients_tokens_stay_in_raster_order():

@@ -55,6 +55,7 @@ def test_results_in_the_repository_are_whole_and_name_where_they_come_from(file)
     result = json.loads(file.read_text())
     assert result["device"] and result["versions"]["torch"] and result["command"] == "reattend bench clear"
     unmeasured = [case for case in result["cases"] if not case["rounds"]]
+    assert {case["what"] for case in unmeasured} <= {clear.WHOLE}  # the last to be measured
     assert sorted(result["left_out"]) == sorted(
         f"{case['what']}, {case['tokens']} tokens, {case['heads']} x {case['head_width']}" for case in unmeasured
     )

@@ -18,8 +18,9 @@ from reattend.distill import make_dataset
 from reattend.distill.batches import Batches
 from reattend.distill.data import captioned_pictures, read_prompts
 from reattend.distill.shards import Samples
-from reattend.distill.validation import picture
+from reattend.distill.validation import picture, pictures
 from reattend.pipelines.filling_in import chosen_length
+from reattend.pipelines.load import GUIDANCE, load
 
 QUICK = {"steps": 1, "text_length": 16, "sizes": [(32, 32)]}
 ROUNDING = 1e-5  # a batch of another size, fp32
@@ -257,3 +258,18 @@ def test_targets_are_those_of_the_model(sd):
     torch.testing.assert_close(
         denoising_of(tiny.sd3_pipeline()).warp(even, 64), scheduler.sigmas[:-1], atol=1e-6, rtol=0
     )
+
+
+def test_a_bundled_model_is_sampled_and_shown_with_its_own_guidance(tmp_path, monkeypatch):
+    pipe, asked = load("tiny-sd"), []
+    real = type(pipe).__call__
+
+    @functools.wraps(real)  # with the signature
+    def recording(self, *args, **kwargs):
+        asked.append(kwargs["guidance_scale"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "__call__", recording)
+    make_dataset(pipe, tmp_path, prompts=["a red cat on sea"], steps=1)
+    pictures(pipe, ["a red cat on sea"], (128, 128), steps=1, seeds=[1])
+    assert asked == [GUIDANCE["tiny-sd"]] * 2
